@@ -1,0 +1,179 @@
+"""What an engine says to a runner, and what it hears back.
+
+This is the whole border between policy (service/engine) and tensors (model): plain data and one Protocol, standard
+library only. It does not know how a step is computed, nor why the rows were chosen.
+
+A runner keeps per-slot state (token ids, block table, sampling parameters), so a step sends only what changed:
+
+    tokens[slot]      | prompt ...............| generated ...|
+                      0            num_prompt ^              ^ known so far
+    row of one step          [start, start + num_tokens)       computed by this step
+    wants_token       start + num_tokens == known so far       the step also draws the token at that position
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+NO_LOGPROBS = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. Every field is final: defaults were filled and ranges checked at the door.
+
+    temperature 0 is greedy. `num_logprobs` is NO_LOGPROBS for none, else how many alternatives stand beside the chosen
+    token's log-probability. The draw at position p depends on (seed, p) and the row's own logits only.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    num_logprobs: int = NO_LOGPROBS
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Everything a runner must know when a sequence takes a slot, first or again after preemption.
+
+    `token_ids` are all known tokens (prompt, then what was generated before a preemption). While fewer than
+    `min_new_tokens` tokens follow the first `num_prompt`, the tokens in `end_token_ids` cannot be drawn.
+    """
+
+    token_ids: Sequence[int]
+    num_prompt: int
+    sampling: Sampling
+    min_new_tokens: int = 0
+    end_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's share of one step: compute positions [start, start + num_tokens).
+
+    `new_block_ids` extend the slot's block table (they follow those sent before; an admission empties the table first).
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    new_block_ids: Sequence[int] = ()
+    wants_token: bool = False
+    admission: Admission | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All rows of one step."""
+
+    rows: Sequence[Row]
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log-probabilities at one position, of the model's own distribution (before any sampling parameter)."""
+
+    chosen: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What one step drew: columns, one entry per row that wanted a token, in the batch's order.
+
+    `is_finite[i]` is False where the row's logits held a NaN or were infinite everywhere: its token id is meaningless.
+    `logprobs` is empty when no row asked for any.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    is_finite: list[bool] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+
+class Pending(Protocol):
+    """A step under way."""
+
+    def result(self) -> Sampled:
+        """Waits for the step to end and returns what it drew."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerShape:
+    """The sizes an engine plans with."""
+
+    num_blocks: int
+    block_size: int
+    num_slots: int
+    context_length: int
+    vocab_size: int
+    max_batch_tokens: int
+
+
+class Runner(Protocol):
+    """Computes steps. Steps are computed in launch order; slots and blocks may be reused once their step has ended."""
+
+    @property
+    def shape(self) -> RunnerShape: ...
+
+    def launch(self, batch: Batch) -> Pending:
+        """Starts a step and returns; on a device it returns before the step is done."""
+
+
+class Dtype(StrEnum):
+    """Precision of weights, activations and cache."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOptions:
+    """What a runner is built from. `model_dir` is a Hugging Face directory."""
+
+    model_dir: str
+    dtype: Dtype = Dtype.BFLOAT16
+    attention: str = "auto"
+    linear: str = "auto"
+    block_size: int = 16
+    kv_cache_bytes: int = 256 * 2**20
+    num_blocks: int | None = None
+    """Overrides kv_cache_bytes; tests use it for small pools."""
+    max_num_seqs: int = 64
+    max_batch_tokens: int = 512
+    context_length: int | None = None
+    """Shortens the model's own context."""
+    num_threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What callers may know about the loaded model; filled while it loads."""
+
+    architecture: str
+    digest: str
+    dtype: str
+    context_length: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    attention_backend: str
+    linear_backend: str
+    num_threads: int
+    default_temperature: float = 1.0
+    default_top_k: int = 0
+    default_top_p: float = 1.0
+    default_repetition_penalty: float = 1.0
+    default_max_tokens: int | None = None
