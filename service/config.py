@@ -22,7 +22,9 @@ ENV_PREFIX = "QUIRE_"
 class Settings(BaseModel):
     """Settings of `quire serve`. Each field is a flag (--like-this), a variable (QUIRE_LIKE_THIS) and a TOML key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
     model: Path = BUILT_IN_MODEL
     """Hugging Face directory to serve; default: the built-in model."""
