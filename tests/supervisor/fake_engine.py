@@ -1,0 +1,3 @@
+from tests.supervisor.fake_child import main
+
+main("FAKE_ENGINE")
