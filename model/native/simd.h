@@ -1,0 +1,190 @@
+// The few vector operations that the kernels need, at the width of the instruction set they are compiled for.
+//
+// Every operation is exact or correctly rounded lane by lane, and multiply-add is fused or not by decision, never by the
+// optimiser (the build forbids contraction): a number depends on its operands only, not on the loop it stands in.
+// Needs GCC or clang vector extensions and a little-endian machine. Knows nothing about attention.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define LANES 8
+#else
+#define LANES 4
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+INLINE vec load(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE uvec load_words(const void *p) {
+    uvec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+INLINE void store_words(uint32_t *p, uvec v) { memcpy(p, &v, sizeof v); }
+
+// Subtracting zero keeps every value, the sign of zero included.
+INLINE vec splat(float x) { return x - (vec){0}; }
+
+INLINE uvec splat_word(uint32_t x) { return x - (uvec){0}; }
+
+INLINE vec select_lanes(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
+
+// a * b + c: one rounding where the machine has a fused instruction, two where it has not.
+INLINE vec multiply_add(vec a, vec b, vec c) {
+#if LANES == 16
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LANES == 8
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE vec maximum(vec a, vec b) {
+#if LANES == 16
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select_lanes(a > b, a, b);
+#endif
+}
+
+// c plus two products of bfloat16 per lane, rounded to float32; for code that asked HAS_BF16_DOT before.
+#if defined(__AVX512BF16__)
+#define HAS_BF16_DOT 1
+INLINE vec dot_bf16(uvec a, uvec b, vec c) { return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+#else
+#define HAS_BF16_DOT 0
+INLINE vec dot_bf16(uvec a, uvec b, vec c) {
+    (void)a, (void)b;
+    return c;
+}
+#endif
+
+// A 32-bit word holds two bfloat16: the first in its low half.
+INLINE vec first_bf16(uvec pairs) { return (vec)(pairs << 16); }
+
+INLINE vec second_bf16(uvec pairs) { return (vec)(pairs & 0xffff0000u); }
+
+INLINE float bf16_to_float(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Rounds to nearest, ties to even; a NaN stays one.
+INLINE uint16_t float_to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (uint16_t)(x == x ? rounded : 0x7fc0u);
+}
+
+#if LANES == 16
+typedef uint16_t half_words __attribute__((vector_size(32)));
+#elif LANES == 8
+typedef uint16_t half_words __attribute__((vector_size(16)));
+#else
+typedef uint16_t half_words __attribute__((vector_size(8)));
+#endif
+
+INLINE vec load_bf16(const uint16_t *p) {
+    half_words halves;
+    memcpy(&halves, p, sizeof halves);
+    return (vec)(__builtin_convertvector(halves, uvec) << 16);
+}
+
+INLINE float sum_lanes(vec v) {
+    float lanes[LANES];
+    store(lanes, v);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+INLINE float max_lanes(vec v) {
+    float lanes[LANES];
+    store(lanes, v);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+    return lanes[0];
+}
+
+// e^x for x <= 0, within 2 units in the last place; 0 below -87; NaN stays NaN. Cody and Waite's reduction
+// x = n ln 2 + r with |r| <= ln 2 / 2, then the degree-6 polynomial of the Cephes library (Moshier) for e^r.
+INLINE vec exp_nonpositive(vec x) {
+    const vec rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    const ivec is_tiny = x < splat(-87.0f);
+    x = select_lanes(is_tiny, splat(-87.0f), x);
+    const vec shifted = multiply_add(x, splat(1.44269504088896341f), rounder);
+    const vec n = shifted - rounder;
+    vec r = multiply_add(n, splat(-0.693359375f), x);
+    r = multiply_add(n, splat(2.12194440e-4f), r);
+    vec p = splat(1.9875691500e-4f);
+    p = multiply_add(p, r, splat(1.3981999507e-3f));
+    p = multiply_add(p, r, splat(8.3334519073e-3f));
+    p = multiply_add(p, r, splat(4.1665795894e-2f));
+    p = multiply_add(p, r, splat(1.6666665459e-1f));
+    p = multiply_add(p, r, splat(5.0000001201e-1f));
+    p = multiply_add(p * r, r, r + splat(1.0f));
+    const vec power_of_two = (vec)(((ivec)shifted - (ivec)rounder + 127) << 23);
+    return select_lanes(is_tiny, splat(0.0f), p * power_of_two);
+}
+
+// Interleaves the low (high) halves of a and b: a0 b0 a1 b1 ... (of lanes 0 up, or of lanes LANES / 2 up).
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (uvec){__VA_ARGS__})
+#endif
+#if LANES == 16
+#define LOW_PAIRS 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_PAIRS 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif LANES == 8
+#define LOW_PAIRS 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_PAIRS 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW_PAIRS 0, 4, 1, 5
+#define HIGH_PAIRS 2, 6, 3, 7
+#endif
+
+// Transposes a LANES x LANES matrix of words in place: log2(LANES) perfect shuffles of its rows.
+INLINE void transpose_words(uvec rows[LANES]) {
+#pragma GCC unroll 4
+    for (int stage = 1; stage < LANES; stage *= 2) {
+        uvec shuffled[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES / 2; i++) {
+            shuffled[2 * i] = SHUFFLE(rows[i], rows[i + LANES / 2], LOW_PAIRS);
+            shuffled[2 * i + 1] = SHUFFLE(rows[i], rows[i + LANES / 2], HIGH_PAIRS);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) rows[i] = shuffled[i];
+    }
+}
