@@ -26,6 +26,8 @@ class FinishCode(IntEnum):
     CANCELLED = 3
     DEADLINE = 4
     NON_FINITE = 5
+    REFUSED = 6
+    """The engine will not index with what it was sent: a front end that validates never sees it."""
 
 
 class Limits(msgspec.Struct, frozen=True, array_like=True):

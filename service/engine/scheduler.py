@@ -1,0 +1,334 @@
+"""Decides what each step computes, and takes in what it drew. Owns the sequences and all their progress.
+
+It does not know how a step is computed, nor who asked. `schedule` works on lengths only, never on token values, so a
+step can be chosen while the step before is still in flight; `commit` brings the values. There is one rule for tokens:
+a step gives each sequence min(tokens not computed yet, its share). Chunked prefill, prefix hits, resumption after a
+preemption and decoding are all that rule.
+
+    add ──► waiting ──admit──► running ──finish──► leaving ──► gone      leaving: a step in flight still uses the
+               ▲                  │                   ▲                  blocks and the slot; without one, a sequence
+               └───── leaving ◄─preempt               └── cancel         passes through at once
+"""
+
+from __future__ import annotations
+
+import collections.abc
+from bisect import insort
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+
+from model.interface import Admission, Batch, Row, Sampled, TokenLogprobs
+from service.engine.block_pool import BlockPool
+from service.engine.budget import PrefillBudget
+from service.engine.messages import NO_TOKEN, FinishCode, Start
+from service.engine.outcomes import Counters, Outcomes
+from service.engine.policy import last_in_order
+from service.engine.sequence import NO_SLOT, Sequence, State
+
+PickVictim = Callable[[collections.abc.Sequence[Sequence]], Sequence]
+
+_rank = attrgetter("rank")
+
+
+class Scheduler:
+    """Continuous batching over a block pool."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        budget: PrefillBudget,
+        num_slots: int,
+        max_batch_tokens: int,
+        pick_victim: PickVictim = last_in_order,
+    ) -> None:
+        self.pool = pool
+        self.budget = budget
+        self._outcomes = Outcomes()
+        self._counters = Counters()
+        self._pick_victim = pick_victim
+        # Every running sequence can have a token in every step, so none starves for want of budget.
+        self._num_slots = min(num_slots, max_batch_tokens)
+        self._free_slots = list(reversed(range(self._num_slots)))
+        self._by_slot: dict[int, Sequence] = {}
+        self._open: dict[int, Sequence] = {}
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._leaving: set[Sequence] = set()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without a place in the steps, those that a preemption is sending back included."""
+        return len(self._open) - len(self._running)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return sum(len(sequence.token_ids) for sequence in self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something: compute, commit or tell."""
+        return bool(self._open or self._leaving or self._outcomes)
+
+    @property
+    def has_outcomes(self) -> bool:
+        """Whether `take` would give any outcome."""
+        return bool(self._outcomes)
+
+    def __contains__(self, sequence_id: int) -> bool:
+        """Whether the sequence has not ended."""
+        return sequence_id in self._open
+
+    def add(self, sequence: Sequence) -> None:
+        """Takes a new sequence into the queue, at its rank."""
+        assert sequence.id not in self._open, "ids are unique among open sequences"
+        self._open[sequence.id] = sequence
+        insort(self._waiting, sequence, key=_rank)
+
+    def refuse(self, sequence_id: int) -> None:
+        """Ends a sequence that was never added."""
+        self._outcomes.add(sequence_id, NO_TOKEN, FinishCode.REFUSED, 0, None)
+
+    def end(self, sequence_ids: Iterable[int], code: FinishCode) -> None:
+        """Ends these sequences at once, wherever they are. Those that have ended already are left alone."""
+        for sequence_id in sequence_ids:
+            if sequence_id in self._open:
+                self._finish(self._open[sequence_id], code)
+
+    def schedule(self, now: float) -> Batch:
+        """The next step. Sequences past their deadline end first; then the running go on; then the waiting start."""
+        self._expire(now)
+        rows: list[Row] = []
+        share = self.budget.share(sum(sequence.num_uncomputed == 1 for sequence in self._running))
+        share, all_have_blocks = self._continue(rows, share)
+        if all_have_blocks:
+            self._admit(rows, share, now)
+        return Batch(rows, sum(row.num_tokens for row in rows))
+
+    def commit(self, batch: Batch, sampled: Sampled) -> None:
+        """Takes in an ended step: its tokens, the blocks it filled, and whatever only it still held."""
+        drawn = 0
+        for row in batch.rows:
+            sequence = self._by_slot[row.slot]
+            sequence.num_in_flight -= 1
+            if sequence.state is State.FINISHED:
+                self._counters.dropped_tokens += row.num_tokens
+            elif not row.wants_token:
+                self._publish(sequence, row.start + row.num_tokens)
+            elif not sampled.is_finite[drawn]:
+                # The cause may lie in any block that the row read, so none of them may be found again.
+                self.pool.withdraw(sequence.block_table)
+                self._finish(sequence, FinishCode.NON_FINITE)
+            else:
+                self._publish(sequence, row.start + row.num_tokens)
+                self._accept(sequence, sampled.token_ids[drawn], sampled.logprobs[drawn] if sampled.logprobs else None)
+            drawn += row.wants_token
+            if sequence in self._leaving and not sequence.num_in_flight:
+                self._leaving.remove(sequence)
+                self._let_go(sequence)
+        assert drawn == len(sampled.token_ids), "a step draws one token for each row that wants one"
+
+    def take(self) -> tuple[Outcomes, Counters]:
+        """What happened since the last call."""
+        taken = self._outcomes, self._counters
+        self._outcomes, self._counters = Outcomes(), Counters()
+        return taken
+
+    def _expire(self, now: float) -> None:
+        for sequence in [one for one in self._open.values() if one.limits.deadline <= now]:
+            self._finish(sequence, FinishCode.DEADLINE)
+
+    def _continue(self, rows: list[Row], share: int) -> tuple[int, bool]:
+        """Adds the rows of running sequences. Returns what is left of the share, and whether none lacked a block.
+
+        A row of one token is outside the share: the budget set those aside.
+        """
+        all_have_blocks = True
+        order = tuple(self._running)
+        for index, sequence in enumerate(order):
+            uncomputed = sequence.num_uncomputed
+            num_tokens = 1 if uncomputed == 1 else min(uncomputed, share)
+            if num_tokens == 0 or sequence.state is not State.RUNNING:
+                continue
+            block_ids = self._grow(sequence, num_tokens, order[index:])
+            if block_ids is None:
+                all_have_blocks = False
+                continue
+            if uncomputed > 1:
+                share -= num_tokens
+            rows.append(self._row(sequence, num_tokens, block_ids))
+        return share, all_have_blocks
+
+    def _grow(
+        self, sequence: Sequence, num_tokens: int, no_earlier: collections.abc.Sequence[Sequence]
+    ) -> collections.abc.Sequence[int] | None:
+        """New blocks for the next tokens, if need be taken from sequences no earlier in order; None: not this step."""
+        num_blocks = self.pool.blocks_for(sequence.num_computed + num_tokens) - len(sequence.block_table)
+        if num_blocks <= 0:
+            return ()
+        while num_blocks > self.pool.num_allocatable:
+            if self._leaving:
+                return None  # blocks are on their way: they come when the step in flight ends
+            victim = self._pick_victim([one for one in no_earlier if one.state is State.RUNNING])
+            self._preempt(victim)
+            if victim is sequence:
+                return None
+        block_ids = self.pool.allocate(num_blocks)
+        sequence.block_table += block_ids
+        return block_ids
+
+    def _admit(self, rows: list[Row], share: int, now: float) -> None:
+        """Starts waiting sequences, strictly in order, while slots, blocks and the share last."""
+        while share > 0 and self._waiting and self._free_slots:
+            sequence = self._waiting[0]
+            cached = self._find_prefix(sequence)
+            if not self._fits(sequence, cached):
+                return
+            del self._waiting[0]
+            self._start(sequence, cached, now)
+            num_tokens = min(sequence.num_uncomputed, share)
+            new = self._grow(sequence, num_tokens, (sequence,))
+            assert new is not None, "whoever fits gets its blocks"
+            rows.append(self._row(sequence, num_tokens, (*cached, *new), sequence.admission()))
+            share -= num_tokens
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Published blocks that begin the sequence. At least one token is left to compute, so that logits exist."""
+        if sequence.cache_root is None:
+            return []
+        most = (len(sequence.token_ids) - 1) // self.pool.block_size
+        self.pool.extend_digests(sequence.digests, sequence.cache_root, sequence.token_ids, most)
+        return self.pool.match(sequence.digests[:most], sequence.token_ids)
+
+    def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
+        """Whether all known tokens of this and the running sequences can have blocks, and each running one another.
+
+        Admitting more would only preempt it again. With nothing running it comes down to the size of the pool.
+        """
+        needed = self.pool.blocks_for(len(sequence.token_ids)) - len(cached) + self.pool.num_unreferenced(cached)
+        for other in self._running:
+            needed += 1 + self.pool.blocks_for(other.num_tokens) - len(other.block_table)
+        return needed <= self.pool.num_allocatable
+
+    def _start(self, sequence: Sequence, cached: list[int], now: float) -> None:
+        """Gives a waiting sequence its slot and the blocks of its cached prefix."""
+        num_cached = len(cached) * self.pool.block_size
+        self.pool.acquire(cached)
+        sequence.block_table = list(cached)
+        sequence.num_published = len(cached)
+        sequence.num_computed = num_cached
+        sequence.slot = self._free_slots.pop()
+        self._by_slot[sequence.slot] = sequence
+        sequence.state = State.RUNNING
+        insort(self._running, sequence, key=_rank)
+        if sequence.cache_root is not None:
+            self._counters.prefix_query_tokens += len(sequence.token_ids)
+            self._counters.prefix_hit_tokens += num_cached
+        if not sequence.has_started:
+            sequence.has_started = True
+            self._outcomes.starts.append(Start(sequence.id, now, num_cached))
+
+    def _row(
+        self,
+        sequence: Sequence,
+        num_tokens: int,
+        block_ids: collections.abc.Sequence[int],
+        admission: Admission | None = None,
+    ) -> Row:
+        """The sequence's row of this step. Its progress counts from here on; the step in flight owes it."""
+        start = sequence.num_computed
+        sequence.num_computed += num_tokens
+        wants_token = sequence.num_computed == sequence.num_tokens
+        sequence.num_drawing += wants_token
+        sequence.num_in_flight += 1
+        return Row(sequence.slot, start, num_tokens, block_ids, wants_token, admission)
+
+    def _publish(self, sequence: Sequence, num_computed: int) -> None:
+        """Names the blocks that an ended step filled. All their tokens are known: each was the step's input."""
+        size = self.pool.block_size
+        num_full = num_computed // size
+        if sequence.cache_root is None or num_full <= sequence.num_published:
+            return
+        self.pool.extend_digests(sequence.digests, sequence.cache_root, sequence.token_ids, num_full)
+        for index in range(sequence.num_published, num_full):
+            token_ids = sequence.token_ids[index * size : (index + 1) * size]
+            self.pool.publish(sequence.block_table[index], sequence.digests[index], token_ids)
+        sequence.num_published = num_full
+
+    def _accept(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        code = sequence.accept(token_id)
+        if code is FinishCode.NONE:
+            self._outcomes.add(sequence.id, token_id, code, sequence.num_preemptions, logprobs)
+        else:
+            self._finish(sequence, code, token_id, logprobs)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        code: FinishCode,
+        token_id: int = NO_TOKEN,
+        logprobs: TokenLogprobs | None = None,
+    ) -> None:
+        """The one end of every sequence."""
+        del self._open[sequence.id]
+        was = sequence.state
+        sequence.state, sequence.finish = State.FINISHED, code
+        self._outcomes.add(sequence.id, token_id, code, sequence.num_preemptions, logprobs)
+        if was is State.WAITING:
+            self._waiting.remove(sequence)
+        elif was is State.RUNNING:
+            self._leave(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes a running sequence's blocks; it waits again, and recomputes what the prefix cache has lost by then."""
+        sequence.state = State.PREEMPTED
+        sequence.num_preemptions += 1
+        self._counters.num_preemptions += 1
+        self._counters.recomputed_tokens += sequence.num_computed
+        self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of the running: blocks and slot go back now, or when the last step in flight that uses them has ended."""
+        self._running.remove(sequence)
+        if sequence.num_in_flight:
+            self._leaving.add(sequence)
+        else:
+            self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        del self._by_slot[sequence.slot]
+        self._free_slots.append(sequence.slot)
+        sequence.slot = NO_SLOT
+        sequence.block_table = []
+        sequence.num_published = sequence.num_computed = 0
+        if sequence.state is State.PREEMPTED:
+            sequence.state = State.WAITING
+            insort(self._waiting, sequence, key=_rank)
+
+    def check(self) -> None:
+        """Asserts every invariant. Linear in the pool: for tests, after every step."""
+        holders = [*self._running, *self._leaving]
+        self.pool.check(sequence.block_table for sequence in holders)
+        assert sorted(self._free_slots + [one.slot for one in holders]) == list(range(self._num_slots)), "slots leak"
+        assert all(self._by_slot[one.slot] is one for one in holders), "a slot leads to another sequence"
+        assert [*map(_rank, self._running)] == sorted(map(_rank, self._running)), "running is out of order"
+        assert [*map(_rank, self._waiting)] == sorted(map(_rank, self._waiting)), "waiting is out of order"
+        for sequence in self._waiting:
+            assert sequence.state is State.WAITING, "waiting in another state"
+            assert not (sequence.num_in_flight or sequence.num_drawing), "waiting with a step in flight"
+            assert not (sequence.block_table or sequence.num_computed), "waiting with blocks"
+            assert sequence.slot == NO_SLOT, "waiting with a slot"
+        for sequence in holders:
+            assert sequence.num_computed <= sequence.num_tokens, "computed beyond its tokens"
+            assert len(sequence.block_table) == self.pool.blocks_for(sequence.num_computed), "table length"
+            assert sequence.num_published * self.pool.block_size <= sequence.num_computed, "published before computed"
+        assert all(sequence.num_in_flight for sequence in self._leaving), "left, but not let go"
+
+    def check_idle(self) -> None:
+        """Asserts that nothing is held when nothing is open. Constant time: for production, whenever idle."""
+        assert len(self._free_slots) == self._num_slots, "an idle engine holds slots"
+        self.pool.check_unused()
