@@ -76,10 +76,13 @@ class NativeAttention:
         _, num_heads, head_dim = q_THD.shape
         _, num_kv_heads, block_size, cache_head_dim = k_cache.shape
         assert q_THD.dtype == k_cache.dtype == v_cache.dtype == self._dtype, "one dtype for queries and cache"
-        assert k_cache.shape == v_cache.shape and head_dim == cache_head_dim and num_heads % num_kv_heads == 0
-        assert q_THD.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
+        assert k_cache.shape == v_cache.shape
+        assert head_dim == cache_head_dim
+        assert num_heads % num_kv_heads == 0
+        assert all(tensor.is_contiguous() for tensor in (q_THD, k_cache, v_cache))
         for tensor in (plan.query_starts, plan.context_lens, plan.block_tables):
-            assert tensor.dtype is torch.int32 and tensor.is_contiguous()
+            assert tensor.dtype is torch.int32
+            assert tensor.is_contiguous()
         return num_heads, num_kv_heads, block_size, head_dim
 
 

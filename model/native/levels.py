@@ -19,8 +19,8 @@ COMMON_FLAGS = (
     # Whether a multiply-add is fused is written in the source: the bits must not depend on the optimiser's mood.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
-V3_FEATURES = frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe".split())
-V4_FEATURES = V3_FEATURES | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
+V3_FEATURES = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
+V4_FEATURES = V3_FEATURES | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 
 @dataclass(frozen=True, slots=True)

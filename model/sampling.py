@@ -1,0 +1,251 @@
+"""Turns logits into tokens: bias, penalties, temperature, filters, one draw; and log-probabilities.
+
+The sampler owns each slot's sampling parameters and nothing else: penalties are counted afresh from the runner's table
+of known tokens, draws come from a counter-based generator, so there is no state that a preemption could spoil. It does
+not know how logits are computed, nor when a sequence ends.
+
+Every row is treated alone: its token and its log-probabilities are the same bits whatever other rows are there.
+
+Shape letters: R rows, V vocabulary, F the rows that a function concerns (drawn, filtered), N most likely tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.interface import NO_LOGPROBS, Admission, Sampled, Sampling, TokenLogprobs
+from model.philox import exponential, split_seed
+
+GROUP_SIZE = 64
+FIRST_NUM_RANKED = 64
+SMALLEST = torch.finfo(torch.float32).tiny
+LARGEST = torch.finfo(torch.float32).max
+GROUP_STREAM, MEMBER_STREAM = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """What changes a slot's logits before the draw, and what it wants to be told."""
+
+    num_prompt: int
+    min_new_tokens: int
+    end_ids: Tensor
+    bias_ids: Tensor
+    biases: Tensor
+    sampling: Sampling
+
+    @property
+    def has_penalties(self) -> bool:
+        s = self.sampling
+        return s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
+
+    def bans_end(self, position: int) -> bool:
+        """Whether the token at this position must not end the sequence."""
+        return position - self.num_prompt < self.min_new_tokens and len(self.end_ids) > 0
+
+    def changes_logits(self, position: int) -> bool:
+        return self.has_penalties or len(self.bias_ids) > 0 or self.bans_end(position)
+
+
+class Sampler:
+    """Draws the next token of each row. `tokens` is the runner's int32 [num_slots, context_length + 1] table."""
+
+    def __init__(self, num_slots: int, vocab_size: int, tokens: Tensor) -> None:
+        self._vocab_size = vocab_size
+        self._tokens = tokens
+        self._slots: list[_Slot | None] = [None] * num_slots
+        self._temperature = torch.zeros(num_slots)
+        self._top_k = torch.zeros(num_slots, dtype=torch.int64)
+        self._top_p = torch.ones(num_slots, dtype=torch.float64)
+        self._min_p = torch.zeros(num_slots)
+        self._key = torch.zeros(num_slots, 2, dtype=torch.int64)
+
+    def admit(self, slot: int, admission: Admission) -> None:
+        """Takes the parameters of the sequence that has just got this slot; those of the one before are forgotten."""
+        sampling = admission.sampling
+        bias_ids, biases = zip(*sampling.logit_bias, strict=True) if sampling.logit_bias else ((), ())
+        self._slots[slot] = _Slot(
+            num_prompt=admission.num_prompt,
+            min_new_tokens=admission.min_new_tokens,
+            end_ids=torch.tensor(admission.end_token_ids, dtype=torch.int64),
+            bias_ids=torch.tensor(bias_ids, dtype=torch.int64),
+            biases=torch.tensor(biases, dtype=torch.float32),
+            sampling=sampling,
+        )
+        # A temperature below float32's range still means "almost greedy", not a division by zero.
+        self._temperature[slot] = max(sampling.temperature, SMALLEST) if sampling.temperature > 0 else 0.0
+        self._top_k[slot] = min(sampling.top_k or self._vocab_size, self._vocab_size)
+        self._top_p[slot] = sampling.top_p
+        self._min_p[slot] = sampling.min_p
+        self._key[slot] = torch.tensor(split_seed(sampling.seed))
+
+    def sample(self, logits_RV: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Sampled:
+        """Draws one token per row from float32 logits, which are left as they are.
+
+        `positions[i]` is the place that the drawn token will have in its sequence, which is also the number of tokens
+        known before it.
+        """
+        states = [self._state(slot) for slot in slots]
+        best_R, token_ids_R = logits_RV.max(dim=-1)
+        is_finite_R = best_R.isfinite()  # the maximum is NaN or infinite where any logit is NaN or +inf, or all -inf
+        changed = [i for i, state in enumerate(states) if state.changes_logits(positions[i])]
+        drawn = [i for i, state in enumerate(states) if state.sampling.temperature > 0]
+        scores_RV = logits_RV
+        if changed:
+            scores_RV = logits_RV.clone()
+            for i in changed:
+                self._change(scores_RV[i], states[i], slots[i], positions[i])
+            token_ids_R = scores_RV.argmax(dim=-1)
+        if drawn:
+            token_ids_R[drawn] = self._draw(
+                scores_RV[drawn], torch.tensor([slots[i] for i in drawn]), torch.tensor([positions[i] for i in drawn])
+            )
+        token_ids, is_finite = token_ids_R.tolist(), is_finite_R.tolist()
+        return Sampled(token_ids, is_finite, log_probabilities(logits_RV, states, token_ids, is_finite))
+
+    def _state(self, slot: int) -> _Slot:
+        state = self._slots[slot]
+        assert state is not None, f"slot {slot} was never admitted"
+        return state
+
+    def _change(self, scores_V: Tensor, state: _Slot, slot: int, position: int) -> None:
+        """Applies bans, bias and penalties to one row in place."""
+        sampling = state.sampling
+        if state.bans_end(position):
+            scores_V[state.end_ids] = float("-inf")
+        scores_V[state.bias_ids] += state.biases
+        known = self._tokens[slot, :position].long()
+        if sampling.repetition_penalty != 1:
+            repeat(scores_V, known, sampling.repetition_penalty)
+        if sampling.presence_penalty != 0 or sampling.frequency_penalty != 0:
+            counts_V = known[state.num_prompt :].bincount(minlength=len(scores_V))
+            scores_V -= sampling.presence_penalty * (counts_V > 0) + sampling.frequency_penalty * counts_V
+
+    def _draw(self, scores_FV: Tensor, slots_F: Tensor, positions_F: Tensor) -> Tensor:
+        """Draws from softmax(scores / temperature) restricted to what the filters keep: int64 [F]."""
+        # Subtracting the maximum first keeps the quotient from overflowing at any temperature.
+        scaled_FV = (scores_FV - scores_FV.amax(dim=-1, keepdim=True)).div_(self._temperature[slots_F, None])
+        weights_FV = scaled_FV.exp()
+        top_k_F, top_p_F, min_p_F = self._top_k[slots_F], self._top_p[slots_F], self._min_p[slots_F]
+        ranked = ((top_k_F < self._vocab_size) | (top_p_F < 1)).nonzero().flatten()
+        if len(ranked):
+            kept = most_likely(scaled_FV[ranked], weights_FV[ranked], top_k_F[ranked], top_p_F[ranked])
+            weights_FV[ranked] = weights_FV[ranked].masked_fill_(~kept, 0)
+        if bool((min_p_F > 0).any()):  # the largest weight is 1, so weights are ratios to it
+            weights_FV.masked_fill_(weights_FV < min_p_F[:, None], 0)
+        return race(weights_FV, self._key[slots_F], positions_F)
+
+
+def repeat(scores_V: Tensor, known: Tensor, penalty: float) -> None:
+    """Divides the positive and multiplies the negative scores of known tokens, in place (Keskar et al., CTRL, 2019)."""
+    penalty = max(penalty, SMALLEST)
+    scores = scores_V[known]
+    scores_V[known] = torch.where(scores > 0, scores / penalty, scores * penalty).clamp_(max=LARGEST)
+
+
+def most_likely(scaled_FV: Tensor, weights_FV: Tensor, top_k_F: Tensor, top_p_F: Tensor) -> Tensor:
+    """Which tokens stay: bool [F, V]. The k most likely, and of these the fewest whose probabilities reach top_p.
+
+    Tokens are ranked by score, equal ones by id. Nucleus sampling: Holtzman et al., 2020. `top_p_F` is a share of what
+    top_k left. A row's ranking is cut off where its filters cannot reach, which changes no number.
+    """
+    vocab_size = scaled_FV.shape[1]
+    total_F = in_groups(weights_FV).sum(dim=-1).double().sum(dim=-1)
+    limited = top_k_F < vocab_size
+    largest_k = int(top_k_F[limited].max()) if bool(limited.any()) else 0
+    num_ranked = min(vocab_size, max(FIRST_NUM_RANKED, largest_k))
+    kept_FV = torch.empty_like(scaled_FV, dtype=torch.bool)
+    rows = torch.arange(len(scaled_FV))
+    while len(rows):
+        top_FN = scaled_FV[rows].topk(num_ranked, dim=-1).values
+        num_kept_F = count_kept(top_FN, limited[rows], total_F[rows], top_k_F[rows], top_p_F[rows])
+        done = (num_kept_F <= num_ranked) | (num_ranked == vocab_size)
+        kept_FV[rows[done]] = keep_first(scaled_FV[rows[done]], top_FN[done], num_kept_F[done].clamp(max=num_ranked))
+        rows, num_ranked = rows[~done], min(vocab_size, 8 * num_ranked)
+    return kept_FV
+
+
+def count_kept(top_FN: Tensor, is_limited_F: Tensor, total_F: Tensor, top_k_F: Tensor, top_p_F: Tensor) -> Tensor:
+    """How many of the ranked tokens stay: int64 [F], at least 1; N + 1 where N of them do not reach top_p.
+
+    A row that is limited by top_k has its k within N.
+    """
+    cumulated_FN = top_FN.double().exp().cumsum(dim=-1)
+    num_ranked = top_FN.shape[1]
+    within_k_F = cumulated_FN.gather(1, (top_k_F.clamp(max=num_ranked) - 1)[:, None]).squeeze(1)
+    target_F = top_p_F * torch.where(is_limited_F, within_k_F, total_F)
+    num_needed_F = 1 + (cumulated_FN < target_F[:, None]).sum(dim=-1)
+    num_needed_F = torch.where(top_p_F < 1, num_needed_F, top_k_F)
+    return torch.minimum(num_needed_F, top_k_F)
+
+
+def keep_first(scaled_FV: Tensor, top_FN: Tensor, num_kept_F: Tensor) -> Tensor:
+    """Marks the first `num_kept` tokens of each row in the order of score, then id: bool [F, V]."""
+    cut_F1 = top_FN.gather(1, num_kept_F[:, None] - 1)
+    num_tied_F = num_kept_F - (top_FN > cut_F1).sum(dim=-1)
+    kept_FV = scaled_FV >= cut_F1
+    crowded = (kept_FV.sum(dim=-1) > num_kept_F).nonzero().flatten()
+    if len(crowded):
+        is_tied = scaled_FV[crowded] == cut_F1[crowded]
+        too_late = is_tied & (is_tied.cumsum(dim=-1) > num_tied_F[crowded, None])
+        kept_FV[crowded] &= ~too_late
+    return kept_FV
+
+
+def race(weights_FV: Tensor, key_F2: Tensor, positions_F: Tensor) -> Tensor:
+    """Draws one index per row with probability proportional to its weight: int64 [F].
+
+    An exponential race: the largest weight / noise wins with exactly that probability, which is the Gumbel-max trick
+    without the outer logarithm (Efraimidis and Spirakis, 2006; Maddison et al., 2014). It is run in two rounds, first
+    between groups of tokens by their summed weights, then within the winning group: the same distribution for
+    V / 64 + 64 random numbers instead of V.
+    """
+    weights_FGM = in_groups(weights_FV)
+    num_rows, num_groups, _ = weights_FGM.shape
+    zeros_F = torch.zeros_like(positions_F)
+    group_noise_FG = exponential(key_F2, positions_F, zeros_F, num_groups, GROUP_STREAM)
+    group_F = (weights_FGM.sum(dim=-1).double() / group_noise_FG).argmax(dim=-1)
+    members_FM = weights_FGM[torch.arange(num_rows), group_F].double()
+    first_F = group_F * GROUP_SIZE
+    return first_F + (members_FM / exponential(key_F2, positions_F, first_F, GROUP_SIZE, MEMBER_STREAM)).argmax(dim=-1)
+
+
+def in_groups(weights_FV: Tensor) -> Tensor:
+    """Cuts the vocabulary into groups of GROUP_SIZE, the last one filled up with zeros: [F, G, GROUP_SIZE].
+
+    Sums over a whole row go through groups too: torch may cut a single long row among threads, and sum it otherwise
+    than the same row among others.
+    """
+    padding = -weights_FV.shape[1] % GROUP_SIZE
+    padded_FV = torch.nn.functional.pad(weights_FV, (0, padding)) if padding else weights_FV
+    return padded_FV.view(len(weights_FV), -1, GROUP_SIZE)
+
+
+def log_probabilities(
+    logits_RV: Tensor, states: Sequence[_Slot], token_ids: Sequence[int], is_finite: Sequence[bool]
+) -> list[TokenLogprobs | None]:
+    """What each row asked to be told of the model's own distribution; [] when none asked, None for a broken row."""
+    wanted = [state.sampling.num_logprobs for state in states]
+    if all(num == NO_LOGPROBS for num in wanted):
+        return []
+    found: list[TokenLogprobs | None] = [None] * len(states)
+    for i, num in enumerate(wanted):
+        if num != NO_LOGPROBS and is_finite[i]:
+            logprobs_V = logits_RV[i].log_softmax(dim=-1)
+            ids, top = rank(logprobs_V, num)
+            found[i] = TokenLogprobs(logprobs_V[token_ids[i]].item(), ids, top)
+    return found
+
+
+def rank(logprobs_V: Tensor, num: int) -> tuple[list[int], list[float]]:
+    """Ids and values of the `num` largest, largest first, equal ones by id."""
+    if num == 0:
+        return [], []
+    num = min(num, len(logprobs_V))
+    candidates = (logprobs_V >= logprobs_V.topk(num).values[-1]).nonzero().flatten()
+    values, order = logprobs_V[candidates].sort(descending=True, stable=True)
+    return candidates[order[:num]].tolist(), values[:num].tolist()
