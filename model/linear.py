@@ -1,0 +1,152 @@
+"""Matrix products whose bits do not depend on the load: a row's result is the same alone and among any others.
+
+A library picks its kernel by the number of rows, and kernels add up in different orders. So each backend is asked, on
+this machine and for each shape, from which multiple of rows on all its answers agree; calls are then padded with zero
+rows to that multiple. Where no multiple agrees, the rows go through in tiles of one fixed size, which is slower.
+
+This module does not know what the matrices are for. Shape letters: M rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Product = Callable[[Tensor], Tensor]
+"""x [M, I] to x W^T + b [M, O], same dtype, for a weight and bias that it holds."""
+
+MULTIPLES = (1, 2, 4, 8, 16, 32)
+TILE_ROWS = 32
+COMMON_ROWS = 64
+COMMON_MULTIPLE = 8
+TEST_ROWS = 130
+TEST_FLOPS = 4e9
+
+
+@dataclass(frozen=True, slots=True)
+class RowRule:
+    """How many rows a product may be called with: a multiple of `multiple`, or exactly `tile` where that is not 0."""
+
+    multiple: int
+    tile: int = 0
+
+    def padded(self, num_rows: int) -> int:
+        """The number of rows to compute for `num_rows` wanted ones.
+
+        Above COMMON_ROWS it grows in larger steps: the library keeps one compiled product for each number of rows, and
+        prompts would bring them all.
+        """
+        multiple = self.multiple if num_rows <= COMMON_ROWS else math.lcm(self.multiple, COMMON_MULTIPLE)
+        return -(-num_rows // multiple) * multiple
+
+
+class Linear:
+    """One matrix, and the row rule that makes its bits independent of the load."""
+
+    def __init__(self, product: Product, rule: RowRule) -> None:
+        self._product = product
+        self._rule = rule
+
+    def __call__(self, x_MI: Tensor) -> Tensor:
+        """x W^T + b for M >= 1 rows: [M, O]. The input must be contiguous from the start of its storage."""
+        num_rows = x_MI.shape[0]
+        num_padded = self._rule.padded(num_rows)
+        if num_padded != num_rows:
+            x_MI = functional.pad(x_MI, (0, 0, 0, num_padded - num_rows))
+        if not self._rule.tile:
+            return self._product(x_MI)[:num_rows]
+        # Cloned, so that every tile starts at the allocator's alignment: kernels may add up differently elsewhere.
+        return torch.cat([self._product(tile.clone()) for tile in torch.split(x_MI, self._rule.tile)])[:num_rows]
+
+
+class LinearPacker:
+    """Makes the linears of one backend; tests each shape once and remembers the rule that held."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        """Takes "onednn" (prepacked), "plain", or "auto". Raises ValueError when unknown or not available here."""
+        if name == "auto":
+            name = "onednn" if dtype is torch.bfloat16 and _has_onednn(dtype) else "plain"
+        if name not in _BACKENDS:
+            raise ValueError(f"unknown linear backend {name!r}: expected one of {['auto', *_BACKENDS]}")
+        if name == "onednn" and not _has_onednn(dtype):
+            raise ValueError(f"linear backend 'onednn' does not compute {dtype} on this machine")
+        self.name = name
+        self._pack = _BACKENDS[name]
+        self._rules: dict[tuple[int, int, bool], RowRule] = {}
+
+    def pack(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
+        """Packs one matrix. The weight may be released afterwards."""
+        product = self._pack(weight_OI, bias_O)
+        key = (*weight_OI.shape, bias_O is not None)
+        if key not in self._rules:
+            self._rules[key] = find_rule(product, weight_OI)
+        return Linear(product, self._rules[key])
+
+    @property
+    def num_tiled(self) -> int:
+        """How many shapes fell back to tiles."""
+        return sum(rule.tile > 0 for rule in self._rules.values())
+
+
+def find_rule(product: Product, weight_OI: Tensor) -> RowRule:
+    """The cheapest rule under which a product gives equal bits for every number and position of rows that is tried."""
+    num_outputs, num_inputs = weight_OI.shape
+    affordable = int(TEST_FLOPS / (2 * num_outputs * num_inputs))
+    generator = torch.Generator().manual_seed(0)
+    x_MI = torch.randn(min(TEST_ROWS, max(affordable, 2 * TILE_ROWS)), num_inputs, generator=generator).to(
+        weight_OI.dtype
+    )
+    for rule in _candidates():
+        if holds(Linear(product, rule), x_MI):
+            return rule
+    return RowRule(multiple=1, tile=1)  # One row at a time holds by construction: there is one shape only.
+
+
+def holds(linear: Linear, x_MI: Tensor) -> bool:
+    """Whether the rows of a sample have the same bits in calls of various sizes, wherever the call starts."""
+    expected_MO = linear(x_MI)
+    most = x_MI.shape[0]
+    for num_rows in (*range(1, 14), 16, 23, 32, 47, 64, 65, 96, 100, most - 1):
+        for start in {0, (most - num_rows) // 2, most - num_rows}:
+            rows = slice(start, start + num_rows)
+            if num_rows <= most and not torch.equal(linear(x_MI[rows].clone()), expected_MO[rows]):
+                return False
+    return True
+
+
+def _candidates() -> Iterator[RowRule]:
+    """Cheapest first. Libraries share rows out to threads, so a multiple that serves each thread comes as well."""
+    threads = torch.get_num_threads()
+    for multiple in sorted({*MULTIPLES, *(threads * multiple for multiple in MULTIPLES[:4])}):
+        yield RowRule(multiple)
+    yield RowRule(TILE_ROWS, tile=TILE_ROWS)
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _pack_onednn(weight_OI: Tensor, bias_O: Tensor | None) -> Product:
+    """Reorders the weight once into the layout that oneDNN's kernels read."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, None)
+
+    def product(x_MI: Tensor) -> Tensor:
+        y_MO: Tensor = torch.ops.mkldnn._linear_pointwise(x_MI, packed, bias_O, "none", [], "")
+        return y_MO
+
+    return product
+
+
+def _pack_plain(weight_OI: Tensor, bias_O: Tensor | None) -> Product:
+    """Keeps the weight as it is."""
+    return lambda x_MI: functional.linear(x_MI, weight_OI, bias_O)
+
+
+_BACKENDS: dict[str, Callable[[Tensor, Tensor | None], Product]] = {"onednn": _pack_onednn, "plain": _pack_plain}

@@ -1,0 +1,160 @@
+"""TorchRunner: builds a model from a directory, proves it ready, and computes steps on the CPU.
+
+It owns the parameters, the cache and the tables by slot. It does not know why rows were chosen or who asked.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.attention.base import AttentionBackend, load_attention
+from model.config import FAMILIES, ModelConfig, load_config
+from model.families.base import TensorMap
+from model.inputs import SlotTables, prepare
+from model.interface import Admission, Batch, ModelFacts, Pending, Row, RunnerOptions, RunnerShape, Sampled, Sampling
+from model.kv_cache import KVCache, affordable_blocks
+from model.linear import LinearPacker
+from model.sampling import Sampler
+from model.threads import available_cpus
+from model.transformer import Transformer
+from model.weights import LoadedWeights, Progress, load_weights
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that ended before `launch` returned, as every step on a CPU does."""
+
+    sampled: Sampled
+
+    def result(self) -> Sampled:
+        """See Pending."""
+        return self.sampled
+
+
+class TorchRunner:
+    """Computes steps with one transformer, one cache and one set of slots. See model.interface.Runner."""
+
+    def __init__(self, transformer: Transformer, cache: KVCache, shape: RunnerShape) -> None:
+        self._transformer = transformer
+        self._cache = cache
+        self._shape = shape
+        self._tables = SlotTables(shape.num_slots, shape.context_length, shape.num_blocks, shape.block_size)
+        self._sampler = Sampler(shape.num_slots, shape.vocab_size, self._tables.tokens)
+
+    @property
+    def shape(self) -> RunnerShape:
+        """The sizes an engine plans with."""
+        return self._shape
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Pending:
+        """Computes a step. Tokens that it draws are known to their slots at once; rows need not bring them back."""
+        inputs = prepare(self._tables, batch)
+        for row in batch.rows:
+            if row.admission is not None:
+                self._sampler.admit(row.slot, row.admission)
+        logits_WV = self._transformer.forward(
+            inputs.ids_T, inputs.positions_T, self._cache, inputs.plan, inputs.wanted_W
+        )
+        if not inputs.wanted_slots:
+            return Done(Sampled())
+        sampled = self._sampler.sample(logits_WV, inputs.wanted_slots, inputs.wanted_positions)
+        self._tables.append(inputs.wanted_slots, inputs.wanted_positions, sampled.token_ids)
+        return Done(sampled)
+
+
+def load_runner(options: RunnerOptions, progress: Progress | None = None) -> tuple[TorchRunner, ModelFacts]:
+    """Loads, tests and warms up. Raises ValueError, in one line, for a directory or options that cannot be used."""
+    num_threads = options.num_threads or available_cpus()
+    torch.set_num_threads(num_threads)
+    config = load_config(Path(options.model_dir))
+    shape = _plan_shape(config, options)
+    tensor_map: TensorMap = import_module(FAMILIES[config.architecture]).tensor_map(config)
+    dtype = getattr(torch, options.dtype.value)
+    attention = load_attention(options.attention, dtype, config.head_dim)
+    packer = LinearPacker(options.linear, dtype)
+    weights = load_weights(Path(options.model_dir), tensor_map, dtype, progress)
+    facts = _facts(config, options, weights, attention, packer, num_threads)
+    with torch.inference_mode():
+        transformer = Transformer(config, weights.parameters, packer, attention, shape.context_length)
+        cache = KVCache(config, shape.num_blocks, shape.block_size, dtype)
+    if packer.num_tiled:
+        _logger.warning("linear backend %s: %d shapes run in fixed tiles, slower", packer.name, packer.num_tiled)
+    if weights.unused:
+        _logger.info("tensors not used: %s", ", ".join(weights.unused))
+    runner = TorchRunner(transformer, cache, shape)
+    warm_up(runner)
+    return runner, facts
+
+
+def warm_up(runner: TorchRunner) -> None:
+    """Computes the largest prompt step that the pool allows and one decode step, in slot 0, which is still free."""
+    shape = runner.shape
+    room = min(shape.num_blocks * shape.block_size, shape.context_length)
+    num_tokens = max(1, min(shape.max_batch_tokens, room - 1))
+    admission = Admission([0] * num_tokens, num_tokens, Sampling())
+    blocks = range(-(-min(num_tokens + 1, room) // shape.block_size))
+    steps = [
+        Row(0, 0, num_tokens, blocks, wants_token=True, admission=admission),
+        Row(0, num_tokens, 1, wants_token=True),
+    ]
+    for row in steps:
+        if row.start + row.num_tokens <= room:
+            runner.launch(Batch([row], row.num_tokens)).result()
+
+
+def _plan_shape(config: ModelConfig, options: RunnerOptions) -> RunnerShape:
+    context_length = options.context_length or config.context_length
+    if context_length > config.context_length:
+        raise ValueError(f"context_length: the model's own is {config.context_length}, {context_length} is longer")
+    num_blocks = options.num_blocks
+    if num_blocks is None:
+        num_blocks = affordable_blocks(config, options.kv_cache_bytes, options.block_size, options.dtype)
+    return RunnerShape(
+        num_blocks=num_blocks,
+        block_size=options.block_size,
+        num_slots=options.max_num_seqs,
+        context_length=context_length,
+        vocab_size=config.vocab_size,
+        max_batch_tokens=options.max_batch_tokens,
+    )
+
+
+def _facts(
+    config: ModelConfig,
+    options: RunnerOptions,
+    weights: LoadedWeights,
+    attention: AttentionBackend,
+    packer: LinearPacker,
+    num_threads: int,
+) -> ModelFacts:
+    """Must be called before the transformer takes the parameters."""
+    parameters: list[Tensor] = list(weights.parameters.values())
+    defaults = config.generation
+    return ModelFacts(
+        architecture=config.architecture,
+        digest=weights.digest,
+        dtype=options.dtype.value,
+        context_length=options.context_length or config.context_length,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        num_parameters=sum(parameter.numel() for parameter in parameters),
+        weight_bytes=sum(parameter.nbytes for parameter in parameters),
+        kv_bytes_per_token=config.kv_bytes_per_token(options.dtype),
+        attention_backend=attention.name,
+        linear_backend=packer.name,
+        num_threads=num_threads,
+        default_temperature=defaults.temperature,
+        default_top_k=defaults.top_k,
+        default_top_p=defaults.top_p,
+        default_repetition_penalty=defaults.repetition_penalty,
+        default_max_tokens=defaults.max_tokens,
+    )
