@@ -103,9 +103,8 @@ class Scheduler:
         self._expire(now)
         rows: list[Row] = []
         share = self.budget.share(sum(sequence.num_uncomputed == 1 for sequence in self._running))
-        share, all_have_blocks = self._continue(rows, share)
-        if all_have_blocks:
-            self._admit(rows, share, now)
+        share = self._continue(rows, share)
+        self._admit(rows, share, now)
         return Batch(rows, sum(row.num_tokens for row in rows))
 
     def commit(self, batch: Batch, sampled: Sampled) -> None:
@@ -141,12 +140,11 @@ class Scheduler:
         for sequence in [one for one in self._open.values() if one.limits.deadline <= now]:
             self._finish(sequence, FinishCode.DEADLINE)
 
-    def _continue(self, rows: list[Row], share: int) -> tuple[int, bool]:
-        """Adds the rows of running sequences. Returns what is left of the share, and whether none lacked a block.
+    def _continue(self, rows: list[Row], share: int) -> int:
+        """Adds the rows of running sequences that can have blocks. Returns what is left of the share.
 
         A row of one token is outside the share: the budget set those aside.
         """
-        all_have_blocks = True
         order = tuple(self._running)
         for index, sequence in enumerate(order):
             uncomputed = sequence.num_uncomputed
@@ -155,12 +153,11 @@ class Scheduler:
                 continue
             block_ids = self._grow(sequence, num_tokens, order[index:])
             if block_ids is None:
-                all_have_blocks = False
                 continue
             if uncomputed > 1:
                 share -= num_tokens
             rows.append(self._row(sequence, num_tokens, block_ids))
-        return share, all_have_blocks
+        return share
 
     def _grow(
         self, sequence: Sequence, num_tokens: int, no_earlier: collections.abc.Sequence[Sequence]
@@ -206,7 +203,8 @@ class Scheduler:
     def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
         """Whether all known tokens of this and the running sequences can have blocks, and each running one another.
 
-        Admitting more would only preempt it again. With nothing running it comes down to the size of the pool.
+        Admitting more would only preempt it again, or take what a running one waits for. With nothing running it comes
+        down to the size of the pool.
         """
         needed = self.pool.blocks_for(len(sequence.token_ids)) - len(cached) + self.pool.num_unreferenced(cached)
         for other in self._running:

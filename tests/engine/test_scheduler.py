@@ -293,3 +293,20 @@ def test_a_large_one_at_the_head_is_not_overtaken(ledger: Ledger, options: Engin
     engine.submit(make_submit(2, [2] * 50, 10, arrival=2.0))
     engine.submit(make_submit(3, [3] * 2, 10, arrival=3.0))
     assert finish_order(engine, ledger) == [1, 2, 3]
+
+
+def test_a_cached_prefix_is_not_counted_as_room_for_itself(
+    ledger: Ledger, options: EngineOptions, clock: FakeClock
+) -> None:
+    """The pool's last free blocks are the prefix itself: taking it leaves none for the rest of the prompt."""
+    engine = Engine(FakeRunner(replace(SHAPE, num_blocks=8)), options, clock)
+    prompt = [9] * 17
+    engine.submit(make_submit(1, prompt, 1, cache_root=b"a"))
+    run_to_end(engine, ledger)
+    engine.submit(make_submit(2, [1] * 13, 3))
+    for _ in range(2):
+        step(engine, ledger)
+    engine.submit(make_submit(3, prompt, 3, cache_root=b"a"))
+    run_to_end(engine, ledger)
+    assert ledger.tokens[3] == expected_tokens(prompt, 3, Sampling())
+    assert ledger.num_preempted == 0
