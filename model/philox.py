@@ -23,15 +23,20 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tenso
 
     All tensors are int64 that hold values in [0, 2**32), of shapes that broadcast together.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
+    c0, c1, c2, c3, k0, k1 = torch.broadcast_tensors(*counter, *key)  # type: ignore[no-untyped-call]
+    pair = (2, *([1] * c0.ndim))
+    multipliers, steps = torch.tensor(MULTIPLIERS).view(pair), torch.tensor(KEY_STEPS).view(pair)
+    # Both halves of a round run as one tensor [2, ...]. A round swaps the halves; so do we, by taking the other order
+    # of multipliers and keys in every second round. An even number of rounds ends in the order it began with.
+    even, odd, keys = torch.stack((c0, c2)), torch.stack((c1, c3)), torch.stack((k0, k1))
     for _ in range(NUM_ROUNDS):
         # A product of two words may reach the sign bit of int64: it wraps there, and masking gives the right halves.
-        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c2 = (p1 >> 32) & LOW_32_BITS ^ c1 ^ k0, (p0 >> 32) & LOW_32_BITS ^ c3 ^ k1
-        c1, c3 = p1 & LOW_32_BITS, p0 & LOW_32_BITS
-        k0, k1 = (k0 + KEY_STEPS[0]) & LOW_32_BITS, (k1 + KEY_STEPS[1]) & LOW_32_BITS
-    return c0, c1, c2, c3
+        product = even * multipliers
+        multipliers, swapped_keys = multipliers.flip(0), keys.flip(0)
+        even, odd = (product >> 32) & LOW_32_BITS ^ odd.flip(0) ^ swapped_keys, product & LOW_32_BITS
+        steps = steps.flip(0)
+        keys = (swapped_keys + steps) & LOW_32_BITS
+    return even[0], odd[0], even[1], odd[1]
 
 
 def split_seed(seed: int) -> tuple[int, int]:
@@ -39,16 +44,14 @@ def split_seed(seed: int) -> tuple[int, int]:
     return seed & LOW_32_BITS, (seed >> 32) & LOW_32_BITS
 
 
-def exponential(key_R2: Tensor, position_R: Tensor, first_R: Tensor, num: int, stream: int) -> Tensor:
-    """Standard exponential noise for the indices [first, first + num) of each row: float64 [R, num], all > 0.
+def exponential(key_R2: Tensor, position_R: Tensor, num: int) -> Tensor:
+    """Standard exponential noise for the indices [0, num) of each row: float64 [R, num], all > 0.
 
-    The number at an index depends on (key, position, stream, index) only. `first_R` is a multiple of NUM_WORDS; all
-    tensors are int64; streams keep different uses of one position apart.
+    The number at an index depends on (key, position, index) only. All tensors are int64.
     """
-    num_counters = -(-num // NUM_WORDS)
-    index_RC = first_R[:, None] // NUM_WORDS + torch.arange(num_counters)
+    counter_C = torch.arange(-(-num // NUM_WORDS))
     zero = torch.zeros((), dtype=torch.int64)
-    counter = (index_RC, position_R[:, None], zero + stream, zero)
+    counter = (counter_C, position_R[:, None], zero, zero)
     words_RC4 = torch.stack(philox_4x32(counter, (key_R2[:, :1], key_R2[:, 1:])), dim=-1)
     uniform_RN = (words_RC4.flatten(1)[:, :num].double() + 0.5) * 2.0**-32
     return -uniform_RN.log()

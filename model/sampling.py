@@ -24,7 +24,6 @@ GROUP_SIZE = 64
 FIRST_NUM_RANKED = 64
 SMALLEST = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.float32).max
-GROUP_STREAM, MEMBER_STREAM = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +100,9 @@ class Sampler:
                 self._change(scores_RV[i], states[i], slots[i], positions[i])
             token_ids_R = scores_RV.argmax(dim=-1)
         if drawn:
-            token_ids_R[drawn] = self._draw(
-                scores_RV[drawn], torch.tensor([slots[i] for i in drawn]), torch.tensor([positions[i] for i in drawn])
-            )
+            slots_F, positions_F = (torch.tensor([column[i] for i in drawn]) for column in (slots, positions))
+            rows_F = torch.tensor(drawn)
+            token_ids_R[rows_F] = self._draw(take_rows(scores_RV, rows_F), slots_F, positions_F)
         token_ids, is_finite = token_ids_R.tolist(), is_finite_R.tolist()
         return Sampled(token_ids, is_finite, log_probabilities(logits_RV, states, token_ids, is_finite))
 
@@ -133,11 +132,17 @@ class Sampler:
         top_k_F, top_p_F, min_p_F = self._top_k[slots_F], self._top_p[slots_F], self._min_p[slots_F]
         ranked = ((top_k_F < self._vocab_size) | (top_p_F < 1)).nonzero().flatten()
         if len(ranked):
-            kept = most_likely(scaled_FV[ranked], weights_FV[ranked], top_k_F[ranked], top_p_F[ranked])
-            weights_FV[ranked] = weights_FV[ranked].masked_fill_(~kept, 0)
+            scaled, weights = take_rows(scaled_FV, ranked), take_rows(weights_FV, ranked)
+            dropped = ~most_likely(scaled, weights, top_k_F[ranked], top_p_F[ranked])
+            weights_FV.index_copy_(0, ranked, weights.masked_fill(dropped, 0))
         if bool((min_p_F > 0).any()):  # the largest weight is 1, so weights are ratios to it
             weights_FV.masked_fill_(weights_FV < min_p_F[:, None], 0)
         return race(weights_FV, self._key[slots_F], positions_F)
+
+
+def take_rows(matrix: Tensor, rows: Tensor) -> Tensor:
+    """The rows of these ascending numbers: the matrix itself when they are all, else a copy."""
+    return matrix if len(rows) == len(matrix) else matrix.index_select(0, rows)
 
 
 def repeat(scores_V: Tensor, known: Tensor, penalty: float) -> None:
@@ -161,10 +166,13 @@ def most_likely(scaled_FV: Tensor, weights_FV: Tensor, top_k_F: Tensor, top_p_F:
     kept_FV = torch.empty_like(scaled_FV, dtype=torch.bool)
     rows = torch.arange(len(scaled_FV))
     while len(rows):
-        top_FN = scaled_FV[rows].topk(num_ranked, dim=-1).values
+        scores_FV = take_rows(scaled_FV, rows)
+        top_FN = scores_FV.topk(num_ranked, dim=-1).values
         num_kept_F = count_kept(top_FN, limited[rows], total_F[rows], top_k_F[rows], top_p_F[rows])
         done = (num_kept_F <= num_ranked) | (num_ranked == vocab_size)
-        kept_FV[rows[done]] = keep_first(scaled_FV[rows[done]], top_FN[done], num_kept_F[done].clamp(max=num_ranked))
+        ready = done.nonzero().flatten()
+        kept = keep_first(take_rows(scores_FV, ready), top_FN[ready], num_kept_F[ready].clamp(max=num_ranked))
+        kept_FV.index_copy_(0, rows[ready], kept)
         rows, num_ranked = rows[~done], min(vocab_size, 8 * num_ranked)
     return kept_FV
 
@@ -206,12 +214,11 @@ def race(weights_FV: Tensor, key_F2: Tensor, positions_F: Tensor) -> Tensor:
     """
     weights_FGM = in_groups(weights_FV)
     num_rows, num_groups, _ = weights_FGM.shape
-    zeros_F = torch.zeros_like(positions_F)
-    group_noise_FG = exponential(key_F2, positions_F, zeros_F, num_groups, GROUP_STREAM)
+    noise_FN = exponential(key_F2, positions_F, GROUP_SIZE + num_groups)
+    member_noise_FM, group_noise_FG = noise_FN[:, :GROUP_SIZE], noise_FN[:, GROUP_SIZE:]
     group_F = (weights_FGM.sum(dim=-1).double() / group_noise_FG).argmax(dim=-1)
     members_FM = weights_FGM[torch.arange(num_rows), group_F].double()
-    first_F = group_F * GROUP_SIZE
-    return first_F + (members_FM / exponential(key_F2, positions_F, first_F, GROUP_SIZE, MEMBER_STREAM)).argmax(dim=-1)
+    return group_F * GROUP_SIZE + (members_FM / member_noise_FM).argmax(dim=-1)
 
 
 def in_groups(weights_FV: Tensor) -> Tensor:
