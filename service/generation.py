@@ -108,6 +108,7 @@ class Generation:
         self.sequence_id = sequence_id
         self.num_cached = 0
         self.num_tokens = 0
+        self.was_abandoned = False
         self.scheduled_at: float | None = None
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
@@ -203,6 +204,10 @@ class Generation:
     def expire(self) -> None:
         """Its deadline has passed."""
         self.fail(self._deadline_exceeded())
+
+    def abandon(self) -> None:
+        """Its caller's connection broke: whatever exception that gives, it is a cancel."""
+        self.was_abandoned = True
 
     def leave(self) -> None:
         """Its caller is gone: nothing counts any more, and the engine is not left with the sequence."""

@@ -108,7 +108,7 @@ class Generations:
         self._open.discard(generation)
         if not self._open:
             self._is_idle.set()
-        verdict = _judge(generation.request, error)
+        verdict = _judge(generation, error)
         self._metrics.on_ended(verdict.outcome, verdict.reason, was_scheduled=not ticket.is_waiting)
         if verdict.outcome is Outcome.OK:
             self._count_good_end(generation)
@@ -129,15 +129,15 @@ class Verdict(NamedTuple):
     reason: Reason | None = None
 
 
-def _judge(request: GenerationRequest, error: BaseException | None) -> Verdict:
+def _judge(generation: Generation, error: BaseException | None) -> Verdict:
     """How a generation counts whose caller left with this error."""
     if error is None:
         return Verdict(Outcome.OK, "OK")
     if isinstance(error, QuireError):
         return Verdict(Outcome.FAILED, error.code, error.reason)
-    if not isinstance(error, asyncio.CancelledError):
+    if not isinstance(error, asyncio.CancelledError) and not generation.was_abandoned:
         return Verdict(Outcome.FAILED, Code.INTERNAL, Reason.INTERNAL)
-    if time.monotonic() >= request.deadline - DEADLINE_SLACK_SECONDS:
+    if time.monotonic() >= generation.request.deadline - DEADLINE_SLACK_SECONDS:
         return Verdict(Outcome.FAILED, Code.DEADLINE_EXCEEDED, Reason.DEADLINE_EXCEEDED)
     return Verdict(Outcome.CANCELLED, Code.CANCELLED)
 

@@ -186,7 +186,7 @@ class EngineMetrics:
         self._num_blocks = 0
         self._was_up = False
         self._up = Gauge("quire_engine_up", "1 while the engine answers.", registry=registry)
-        self._draining = Gauge("quire_draining", "1 once the server refuses generations to end.", registry=registry)
+        self._draining = Gauge("quire_draining", "1 once the server was told to end.", registry=registry)
         self._lag = Gauge("quire_event_loop_lag_seconds", "How late the front end's timer ran last.", registry=registry)
         self._restarts = counter("quire_engine_restarts", "Times the engine came back after it was lost.")
         self._info = Gauge(
@@ -295,13 +295,21 @@ class Endpoint:
         self._thread.join()
 
 
-def serve(registry: CollectorRegistry, host: str, port: int) -> Endpoint:
-    """Serves the registry, collected on the running event loop. Raises StartupError when it cannot listen."""
-    outer = CollectorRegistry()
-    outer.register(_Snapshot(registry, asyncio.get_running_loop()))
-    ProcessCollector(registry=outer)
-    try:
-        server, thread = start_http_server(port, host.strip("[]"), outer)
-    except OSError as error:
-        raise StartupError(f"metrics: cannot listen on {host}:{port}: {error.strerror}") from None
-    return Endpoint(server, thread)
+class Metrics:
+    """All metrics of a front end, and where they are served."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = RequestMetrics(self._registry)
+        self.engine = EngineMetrics(self._registry)
+
+    def serve(self, host: str, port: int) -> Endpoint:
+        """Serves them, collected on the running event loop; port 0 takes a free one. Raises StartupError."""
+        outer = CollectorRegistry()
+        outer.register(_Snapshot(self._registry, asyncio.get_running_loop()))
+        ProcessCollector(registry=outer)
+        try:
+            server, thread = start_http_server(port, host.strip("[]"), outer)
+        except OSError as error:
+            raise StartupError(f"metrics: cannot listen on {host}:{port}: {error.strerror}") from None
+        return Endpoint(server, thread)
