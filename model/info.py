@@ -1,0 +1,52 @@
+"""What a model on disk costs: parameters by kind of matrix, bytes, and how many sequences a cache budget holds.
+
+Standard library only: it reads configuration and safetensors headers, never a weight. It does not know how to print.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from model.checkpoint import check_against, open_checkpoint
+from model.config import FAMILIES, ModelConfig, dtype_bytes, load_config
+from model.families.base import MatrixKind, TensorMap
+from model.interface import Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Counts and sizes of one checkpoint. Parameters are counted once where matrices are tied."""
+
+    config: ModelConfig
+    parameters: dict[MatrixKind, int]
+    file_bytes: int
+    """Bytes of the weight files on disk."""
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters."""
+        return sum(self.parameters.values())
+
+    def weight_bytes(self, dtype: Dtype) -> int:
+        """Bytes of the parameters when loaded in a dtype."""
+        return self.num_parameters * dtype_bytes(dtype)
+
+    def sequences_that_fit(self, budget_bytes: int, num_tokens: int, block_size: int, dtype: Dtype) -> int:
+        """How many sequences of `num_tokens` tokens a key/value budget holds, in whole blocks, sharing nothing."""
+        num_blocks = budget_bytes // (block_size * self.config.kv_bytes_per_token(dtype))
+        return num_blocks // -(-num_tokens // block_size)
+
+
+def load_info(model_dir: Path) -> ModelInfo:
+    """Reads and checks a Hugging Face directory. Raises ValueError, in one line, where it could not be loaded."""
+    config = load_config(model_dir)
+    tensor_map: TensorMap = import_module(FAMILIES[config.architecture]).tensor_map(config)
+    checkpoint = open_checkpoint(model_dir)
+    check_against(checkpoint, tensor_map)
+    parameters = dict.fromkeys(MatrixKind, 0)
+    for placement in tensor_map.placements.values():
+        parameters[placement.kind] += math.prod(placement.shape)
+    return ModelInfo(config, parameters, sum(file.stat().st_size for file in checkpoint.files))

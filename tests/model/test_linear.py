@@ -1,0 +1,125 @@
+"""Matrix products: right, and with the same bits whatever the load."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.linear import Linear, LinearPacker, RowRule, find_rule, holds
+
+# (inputs, outputs): the built-in model's, odd vocabularies, head sizes 64, 80 and 128, long sums.
+SHAPES = [(192, 320), (192, 1024), (512, 192), (192, 4096), (256, 1001), (80, 333), (640, 257), (1536, 576), (4096, 128)]
+BACKENDS = [("onednn", torch.bfloat16), ("onednn", torch.float32), ("plain", torch.float32), ("plain", torch.bfloat16)]
+
+
+def weights(num_inputs: int, num_outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(num_inputs * num_outputs)
+    weight = torch.randn(num_outputs, num_inputs, generator=generator) * num_inputs**-0.5
+    return weight.to(dtype), torch.randn(num_outputs, generator=generator).to(dtype)
+
+
+@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
+def _threads(request: pytest.FixtureRequest) -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize(("name", "dtype"), BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_do_not_depend_on_the_number_of_rows(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight, bias = weights(*shape, dtype)
+    linear = LinearPacker(name, dtype).pack(weight, bias)
+    x = torch.randn(300, shape[0], generator=torch.Generator().manual_seed(1)).to(dtype)
+    together = linear(x)
+    for num_rows in (1, 2, 3, 5, 7, 11, 15, 18, 29, 61, 67, 129, 190, 257):  # Mostly others than the self-test's.
+        for start in (0, 41, 300 - num_rows):
+            if start + num_rows <= 300:
+                alone = linear(x[start : start + num_rows].clone())
+                assert torch.equal(alone, together[start : start + num_rows]), (num_rows, start)
+
+
+@pytest.mark.parametrize(("name", "dtype"), BACKENDS)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_equals_the_plain_product(name: str, dtype: torch.dtype, has_bias: bool) -> None:
+    weight, bias = weights(192, 333, dtype)
+    x = torch.randn(37, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
+    expected = functional.linear(x.double(), weight.double(), bias.double() if has_bias else None)
+    actual = LinearPacker(name, dtype).pack(weight, bias if has_bias else None)(x)
+    assert actual.dtype is dtype
+    assert actual.shape == (37, 333)
+    torch.testing.assert_close(actual.double(), expected, atol=1e-2 if dtype is torch.bfloat16 else 1e-5, rtol=1e-2)
+
+
+def numbered(weight: Tensor, unsteady: range) -> object:
+    """A product that is off by a little in every row when the number of rows is in a set."""
+
+    def product(x: Tensor) -> Tensor:
+        return functional.linear(x.double(), weight.double()).float() + (1e-3 if x.shape[0] in unsteady else 0.0)
+
+    return product
+
+
+@pytest.mark.parametrize(
+    ("unsteady", "rule"),
+    [
+        (range(0), RowRule(1)),
+        (range(1, 2), RowRule(2)),
+        (range(1, 4), RowRule(4)),
+        (range(1, 16), RowRule(16)),
+        (range(33, 1000), RowRule(32, tile=32)),
+        (range(65, 1000), RowRule(32, tile=32)),
+    ],
+)
+def test_the_cheapest_rule_that_holds_is_found(unsteady: range, rule: RowRule) -> None:
+    weight, _ = weights(48, 20, torch.float32)
+    product = numbered(weight, unsteady)
+    found = find_rule(product, weight)
+    assert found == rule
+    assert holds(Linear(product, found), torch.randn(100, 48, generator=torch.Generator().manual_seed(3)))
+
+
+def test_the_last_resort_is_one_row_at_a_time() -> None:
+    weight, _ = weights(48, 20, torch.float32)
+
+    def product(x: Tensor) -> Tensor:
+        """Depends on the row's place in the call."""
+        return functional.linear(x.double(), weight.double()).float() + torch.arange(x.shape[0])[:, None] * 1e-3
+
+    rule = find_rule(product, weight)
+    assert rule == RowRule(1, tile=1)
+    assert holds(Linear(product, rule), torch.randn(40, 48, generator=torch.Generator().manual_seed(4)))
+
+
+def test_rows_are_padded_to_the_rule() -> None:
+    assert [RowRule(4).padded(rows) for rows in (1, 4, 5, 63, 64, 65, 100)] == [4, 4, 8, 64, 64, 72, 104]
+    assert [RowRule(1).padded(rows) for rows in (1, 7, 64, 65)] == [1, 7, 64, 72]
+    assert [RowRule(12).padded(rows) for rows in (1, 13, 65)] == [12, 24, 72]
+
+
+def test_a_shape_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("model.linear.find_rule", lambda *args: calls.append(args) or RowRule(1))
+    packer = LinearPacker("plain", torch.float32)
+    for _ in range(3):
+        packer.pack(torch.ones(8, 4))
+    packer.pack(torch.ones(4, 8))
+    assert len(calls) == 2
+    assert packer.num_tiled == 0
+
+
+def test_names() -> None:
+    assert LinearPacker("auto", torch.float32).name == "plain"
+    with pytest.raises(ValueError, match="unknown linear backend 'mkl'"):
+        LinearPacker("mkl", torch.float32)
+
+
+def test_onednn_is_refused_where_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.linear._has_onednn", lambda dtype: False)
+    assert LinearPacker("auto", torch.bfloat16).name == "plain"
+    with pytest.raises(ValueError, match="does not compute"):
+        LinearPacker("onednn", torch.bfloat16)
