@@ -27,27 +27,42 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
-    """What changes a slot's logits before the draw, and what it wants to be told."""
+class SlotState:
+    """What changes a slot's logits before the draw, and what its sequence wants to be told."""
 
+    sampling: Sampling
     num_prompt: int
     min_new_tokens: int
     end_ids: Tensor
     bias_ids: Tensor
     biases: Tensor
-    sampling: Sampling
+
+    @classmethod
+    def of(cls, admission: Admission) -> SlotState:
+        """Turns lists into tensors once, when the sequence comes."""
+        bias = admission.sampling.logit_bias
+        return cls(
+            sampling=admission.sampling,
+            num_prompt=admission.num_prompt,
+            min_new_tokens=admission.min_new_tokens,
+            end_ids=torch.tensor(admission.end_token_ids, dtype=torch.int64),
+            bias_ids=torch.tensor([token_id for token_id, _ in bias], dtype=torch.int64),
+            biases=torch.tensor([value for _, value in bias], dtype=torch.float32),
+        )
 
     @property
-    def has_penalties(self) -> bool:
-        s = self.sampling
-        return s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
+    def counts_output(self) -> bool:
+        """Whether a penalty depends on how often the output holds a token."""
+        return self.sampling.presence_penalty != 0 or self.sampling.frequency_penalty != 0
 
     def bans_end(self, position: int) -> bool:
         """Whether the token at this position must not end the sequence."""
         return position - self.num_prompt < self.min_new_tokens and len(self.end_ids) > 0
 
     def changes_logits(self, position: int) -> bool:
-        return self.has_penalties or len(self.bias_ids) > 0 or self.bans_end(position)
+        """Whether the token at this position is drawn from other logits than the model's."""
+        has_penalties = self.sampling.repetition_penalty != 1 or self.counts_output
+        return has_penalties or len(self.bias_ids) > 0 or self.bans_end(position)
 
 
 class Sampler:
@@ -56,7 +71,7 @@ class Sampler:
     def __init__(self, num_slots: int, vocab_size: int, tokens: Tensor) -> None:
         self._vocab_size = vocab_size
         self._tokens = tokens
-        self._slots: list[_Slot | None] = [None] * num_slots
+        self._slots: list[SlotState | None] = [None] * num_slots
         self._temperature = torch.zeros(num_slots)
         self._top_k = torch.zeros(num_slots, dtype=torch.int64)
         self._top_p = torch.ones(num_slots, dtype=torch.float64)
@@ -66,15 +81,7 @@ class Sampler:
     def admit(self, slot: int, admission: Admission) -> None:
         """Takes the parameters of the sequence that has just got this slot; those of the one before are forgotten."""
         sampling = admission.sampling
-        bias_ids, biases = zip(*sampling.logit_bias, strict=True) if sampling.logit_bias else ((), ())
-        self._slots[slot] = _Slot(
-            num_prompt=admission.num_prompt,
-            min_new_tokens=admission.min_new_tokens,
-            end_ids=torch.tensor(admission.end_token_ids, dtype=torch.int64),
-            bias_ids=torch.tensor(bias_ids, dtype=torch.int64),
-            biases=torch.tensor(biases, dtype=torch.float32),
-            sampling=sampling,
-        )
+        self._slots[slot] = SlotState.of(admission)
         # A temperature below float32's range still means "almost greedy", not a division by zero.
         self._temperature[slot] = max(sampling.temperature, SMALLEST) if sampling.temperature > 0 else 0.0
         self._top_k[slot] = min(sampling.top_k or self._vocab_size, self._vocab_size)
@@ -97,7 +104,7 @@ class Sampler:
         if changed:
             scores_RV = logits_RV.clone()
             for i in changed:
-                self._change(scores_RV[i], states[i], slots[i], positions[i])
+                change(scores_RV[i], states[i], self._tokens[slots[i], : positions[i]].long())
             token_ids_R = scores_RV.argmax(dim=-1)
         if drawn:
             slots_F, positions_F = (torch.tensor([column[i] for i in drawn]) for column in (slots, positions))
@@ -106,23 +113,10 @@ class Sampler:
         token_ids, is_finite = token_ids_R.tolist(), is_finite_R.tolist()
         return Sampled(token_ids, is_finite, log_probabilities(logits_RV, states, token_ids, is_finite))
 
-    def _state(self, slot: int) -> _Slot:
+    def _state(self, slot: int) -> SlotState:
         state = self._slots[slot]
         assert state is not None, f"slot {slot} was never admitted"
         return state
-
-    def _change(self, scores_V: Tensor, state: _Slot, slot: int, position: int) -> None:
-        """Applies bans, bias and penalties to one row in place."""
-        sampling = state.sampling
-        if state.bans_end(position):
-            scores_V[state.end_ids] = float("-inf")
-        scores_V[state.bias_ids] += state.biases
-        known = self._tokens[slot, :position].long()
-        if sampling.repetition_penalty != 1:
-            repeat(scores_V, known, sampling.repetition_penalty)
-        if sampling.presence_penalty != 0 or sampling.frequency_penalty != 0:
-            counts_V = known[state.num_prompt :].bincount(minlength=len(scores_V))
-            scores_V -= sampling.presence_penalty * (counts_V > 0) + sampling.frequency_penalty * counts_V
 
     def _draw(self, scores_FV: Tensor, slots_F: Tensor, positions_F: Tensor) -> Tensor:
         """Draws from softmax(scores / temperature) restricted to what the filters keep: int64 [F]."""
@@ -143,6 +137,19 @@ class Sampler:
 def take_rows(matrix: Tensor, rows: Tensor) -> Tensor:
     """The rows of these ascending numbers: the matrix itself when they are all, else a copy."""
     return matrix if len(rows) == len(matrix) else matrix.index_select(0, rows)
+
+
+def change(scores_V: Tensor, state: SlotState, known: Tensor) -> None:
+    """Applies bans, bias and penalties to one row in place; `known` are the sequence's token ids so far, int64."""
+    sampling = state.sampling
+    if state.bans_end(len(known)):
+        scores_V[state.end_ids] = float("-inf")
+    scores_V[state.bias_ids] += state.biases
+    if sampling.repetition_penalty != 1:
+        repeat(scores_V, known, sampling.repetition_penalty)
+    if state.counts_output:
+        counts_V = known[state.num_prompt :].bincount(minlength=len(scores_V))
+        scores_V -= sampling.presence_penalty * (counts_V > 0) + sampling.frequency_penalty * counts_V
 
 
 def repeat(scores_V: Tensor, known: Tensor, penalty: float) -> None:
@@ -233,7 +240,7 @@ def in_groups(weights_FV: Tensor) -> Tensor:
 
 
 def log_probabilities(
-    logits_RV: Tensor, states: Sequence[_Slot], token_ids: Sequence[int], is_finite: Sequence[bool]
+    logits_RV: Tensor, states: Sequence[SlotState], token_ids: Sequence[int], is_finite: Sequence[bool]
 ) -> list[TokenLogprobs | None]:
     """What each row asked to be told of the model's own distribution; [] when none asked, None for a broken row."""
     wanted = [state.sampling.num_logprobs for state in states]
