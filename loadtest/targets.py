@@ -1,0 +1,124 @@
+"""The two ways to the same model: the engine in this process, and a server through the asyncio client.
+
+Both take requests that begin at the same moment and give times and tokens of each; greedy, end-of-sequence ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from loadtest.timing import StreamTimes
+from loadtest.workloads import Work
+from model.interface import RunnerOptions, Sampling
+from model.runner import load_runner
+from service.client.aio import Client
+from service.client.types import Delta
+from service.config import BUILT_IN_MODEL
+from service.engine.engine import Engine, EngineOptions
+from service.engine.messages import NO_TOKEN, Limits, Submit
+
+LONG_SECONDS = 3_600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One stream: when its tokens came, and which."""
+
+    times: StreamTimes
+    token_ids: list[int]
+
+
+class Target(Protocol):
+    """Something that answers requests."""
+
+    name: str
+
+    async def run(self, works: Sequence[Work], *, use_cache: bool) -> list[Answer]:
+        """Answers all requests at once."""
+
+
+class EngineTarget:
+    """The engine over the built-in model, called directly."""
+
+    name = "engine"
+
+    def __init__(self) -> None:
+        runner, self.facts = load_runner(RunnerOptions(str(BUILT_IN_MODEL)))
+        self._engine = Engine(runner, EngineOptions())
+        self._num_submitted = 0
+
+    async def run(self, works: Sequence[Work], *, use_cache: bool) -> list[Answer]:
+        """See Target."""
+        answers: dict[int, Answer] = {}
+        for work in works:
+            self._num_submitted += 1
+            sent_at = time.monotonic()
+            answers[self._num_submitted] = Answer(StreamTimes(sent_at, len(work.prompt)), [])
+            self._engine.submit(as_submit(self._num_submitted, work, sent_at, use_cache))
+        while self._engine.has_work:
+            report = self._engine.step()
+            now = time.monotonic()
+            assert report is not None, "an engine that has work reports"
+            for sequence_id, token_id in zip(report.ids, report.token_ids, strict=True):
+                if token_id != NO_TOKEN:
+                    answers[sequence_id].token_ids.append(token_id)
+                    answers[sequence_id].times.arrived(now, 1)
+                    answers[sequence_id].times.ended_at = now
+        return list(answers.values())
+
+
+def as_submit(sequence_id: int, work: Work, now: float, use_cache: bool) -> Submit:
+    """A greedy request that only its length ends."""
+    return Submit(
+        id=sequence_id,
+        token_ids=list(work.prompt),
+        num_prompt=len(work.prompt),
+        sampling=Sampling(temperature=0.0),
+        limits=Limits(
+            max_new_tokens=work.num_new,
+            min_new_tokens=0,
+            end_token_ids=(),
+            deadline=now + LONG_SECONDS,
+            arrival=now,
+        ),
+        cache_root=b"" if use_cache else None,
+    )
+
+
+class GrpcTarget:
+    """A server, through one channel."""
+
+    name = "grpc"
+
+    def __init__(self, address: str) -> None:
+        self._client = Client(address)
+
+    async def run(self, works: Sequence[Work], *, use_cache: bool) -> list[Answer]:
+        """See Target."""
+        return await asyncio.gather(*(self._answer(work, use_cache) for work in works))
+
+    async def _answer(self, work: Work, use_cache: bool) -> Answer:
+        answer = Answer(StreamTimes(time.monotonic(), len(work.prompt)), [])
+        stream = self._client.stream(
+            work.prompt,
+            temperature=0.0,
+            max_tokens=work.num_new,
+            ignore_eos=True,
+            return_token_ids=True,
+            bypass_cache=not use_cache,
+        )
+        async with stream as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    answer.times.arrived(time.monotonic(), event.num_tokens)
+                    answer.token_ids.extend(event.token_ids)
+        answer.times.ended_at = time.monotonic()
+        return answer
+
+    async def close(self) -> None:
+        """Closes the channel."""
+        await self._client.close()
