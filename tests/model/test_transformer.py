@@ -135,8 +135,8 @@ def forget(loop: MiniLoop, row: Row, ids: list[int]) -> Row:
 def check_alone_equals_together(directory: Path, dtype: torch.dtype, vocab_size: int, every: int, **names: str) -> None:
     together = MiniLoop(directory, dtype, num_slots=64, context_length=96, **names)
     rows = ragged_rows(together, random.Random(0), vocab_size)
-    ids = {row.slot: together.tables.tokens[row.slot, : row.start + row.num_tokens].tolist() for row in rows}
     logits_WV = together.step(rows)
+    ids = {row.slot: together.tables.tokens[row.slot, : row.start + row.num_tokens].tolist() for row in rows}
     alone = MiniLoop(directory, dtype, num_slots=64, context_length=96, **names)
     for index in range(0, len(rows), every):
         row = rows[index]

@@ -1,0 +1,184 @@
+"""TorchRunner as an engine sees it: loading, steps, slots, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.interface import NO_LOGPROBS, Admission, Batch, Dtype, Row, RunnerOptions, Sampled, Sampling
+from model.runner import TorchRunner, load_runner
+from model.threads import available_cpus
+from tests.model.checkpoints import DEFAULT_MODEL, write_checkpoint
+from tests.model.mini_loop import MiniLoop
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> object:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def options(model_dir: Path = DEFAULT_MODEL, **changes: object) -> RunnerOptions:
+    small = {"num_blocks": 64, "max_num_seqs": 4, "max_batch_tokens": 64, "num_threads": 2}
+    return RunnerOptions(str(model_dir), **{**small, **changes})  # type: ignore[arg-type]
+
+
+def admit(
+    slot: int, ids: Sequence[int], num_tokens: int, first_block: int, sampling: Sampling = GREEDY, num_new: int = 0
+) -> Row:
+    """A first row, with blocks for the known and `num_new` further tokens."""
+    blocks = range(first_block, first_block - (-(len(ids) + num_new) // 16))
+    return Row(slot, 0, num_tokens, blocks, num_tokens == len(ids), Admission(ids, len(ids), sampling))
+
+
+def launch(runner: TorchRunner, *rows: Row) -> Sampled:
+    return runner.launch(Batch(rows, sum(row.num_tokens for row in rows))).result()
+
+
+def generate(runner: TorchRunner, slot: int, ids: Sequence[int], num_new: int, sampling: Sampling = GREEDY) -> list[int]:
+    """Decodes without sending any drawn token back: the slot knows them."""
+    tokens = launch(runner, admit(slot, ids, len(ids), 8 * slot, sampling, num_new)).token_ids
+    for position in range(len(ids), len(ids) + num_new - 1):
+        tokens += launch(runner, Row(slot, position, 1, wants_token=True)).token_ids
+    return tokens
+
+
+def test_facts_of_the_default_model() -> None:
+    runner, facts = load_runner(options(num_blocks=None, kv_cache_bytes=2**20))
+    assert facts.architecture == "LlamaForCausalLM"
+    assert facts.digest.startswith("sha256:")
+    assert (facts.dtype, facts.context_length, facts.vocab_size) == ("bfloat16", 1024, 4096)
+    assert facts.eos_token_ids == (0, 2)
+    assert (facts.num_parameters, facts.weight_bytes, facts.kv_bytes_per_token) == (2_361_024, 4_722_048, 1024)
+    assert (facts.default_temperature, facts.default_top_p, facts.default_max_tokens) == (0.7, 0.95, 128)
+    assert facts.num_threads == torch.get_num_threads() == 2
+    assert runner.shape.num_blocks == 2**20 // (16 * 1024)
+    assert (runner.shape.num_slots, runner.shape.max_batch_tokens, runner.shape.block_size) == (4, 64, 16)
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_greedy_tokens_are_the_transformers(dtype: Dtype) -> None:
+    runner, _ = load_runner(options(dtype=dtype))
+    prompt = list(range(40, 70))
+    expected = MiniLoop(DEFAULT_MODEL, getattr(torch, dtype.value)).generate([prompt], 12)[0]
+    assert generate(runner, 3, prompt, 12) == expected
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.9, top_p=0.9, seed=7)])
+def test_tokens_do_not_depend_on_what_shares_the_step(sampling: Sampling) -> None:
+    runner, _ = load_runner(options())
+    prompt = list(range(100, 125))
+    alone = generate(runner, 0, prompt, 10, sampling)
+    others = [admit(slot, range(slot, slot + 20), 20, 16 * slot, Sampling(seed=slot), 20) for slot in (1, 2)]
+    tokens = launch(runner, others[0], admit(0, prompt, 25, 0, sampling, 10), others[1]).token_ids[1:2]
+    for step in range(9):
+        decoding = [Row(slot, 20 + step, 1, wants_token=True) for slot in (1, 2)]
+        tokens += launch(runner, decoding[1], Row(0, 25 + step, 1, wants_token=True), decoding[0]).token_ids[1:2]
+    assert tokens == alone
+
+
+def test_tokens_do_not_depend_on_the_shares_of_the_prompt() -> None:
+    runner, _ = load_runner(options())
+    prompt = list(range(200, 250))
+    whole = launch(runner, admit(0, prompt, 50, 0))
+    assert launch(runner, admit(1, prompt, 20, 8)) == Sampled()
+    assert launch(runner, Row(1, 20, 13)) == Sampled()
+    assert launch(runner, Row(1, 33, 17, wants_token=True)) == whole
+
+
+def test_readmission_after_preemption_continues_alike() -> None:
+    runner, _ = load_runner(options())
+    prompt = list(range(300, 320))
+    sampling = Sampling(temperature=1.0, seed=11)
+    tokens = generate(runner, 0, prompt, 12, sampling)
+    known = prompt + tokens[:5]
+    again = launch(runner, Row(2, 0, 25, range(40, 43), True, Admission(known, len(prompt), sampling)))
+    rest = again.token_ids
+    for position in range(25, 31):
+        rest += launch(runner, Row(2, position, 1, wants_token=True)).token_ids
+    assert rest == tokens[5:]
+
+
+def test_log_probabilities_come_for_rows_that_asked() -> None:
+    runner, _ = load_runner(options())
+    asking = Sampling(temperature=0.0, num_logprobs=3)
+    sampled = launch(runner, admit(0, [5, 6], 2, 0), admit(1, [5, 6], 2, 1, asking))
+    assert asking.num_logprobs != NO_LOGPROBS == GREEDY.num_logprobs
+    assert sampled.token_ids[0] == sampled.token_ids[1]
+    assert sampled.logprobs[0] is None
+    chosen = sampled.logprobs[1]
+    assert chosen is not None
+    assert chosen.top_ids[0] == sampled.token_ids[1]
+    assert chosen.chosen == chosen.top_logprobs[0] <= 0
+
+
+def test_a_context_can_be_computed_to_its_end(tmp_path: Path) -> None:
+    runner, facts = load_runner(options(write_checkpoint(tmp_path), context_length=32))
+    assert facts.context_length == runner.shape.context_length == 32
+    assert len(launch(runner, admit(0, range(32), 32, 0)).token_ids) == 1
+
+
+def test_a_pool_smaller_than_a_step_still_warms_up(tmp_path: Path) -> None:
+    runner, _ = load_runner(options(write_checkpoint(tmp_path), num_blocks=1, block_size=1))
+    assert runner.shape.num_blocks == 1
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    load_runner(options(write_checkpoint(tmp_path)), progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1][0] == calls[-1][1] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_length": 2049}, "context_length: the model's own is 2048, 2049 is longer"),
+        ({"num_blocks": None, "kv_cache_bytes": 100}, "needs 8192 bytes for one block, the budget is 100"),
+        ({"attention": "flash"}, "unknown attention backend 'flash'"),
+        ({"linear": "mkl"}, "unknown linear backend 'mkl'"),
+        ({"model_dir": "/nowhere"}, "No such file"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    directory = write_checkpoint(tmp_path)
+    given = {"model_dir": str(directory), "num_threads": 2, "dtype": Dtype.FLOAT32, **changes}
+    with pytest.raises(ValueError, match=message) as error:
+        load_runner(RunnerOptions(**given))  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.max": "150000 100000"}, 1),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"pod/cpu.max": "100000 100000", "cpu.max": "max 100000"}, 1),
+        ({"pod/cpu.max": "max 100000", "cpu.max": "100000 100000"}, 1),
+        ({"cpu.max": "6400000 100000"}, None),
+        ({}, None),
+    ],
+)
+def test_the_tightest_quota_counts(tmp_path: Path, files: dict[str, str], expected: int | None) -> None:
+    for name, content in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(content + "\n")
+    (tmp_path / "cgroup").write_text("0::/pod\n")
+    everything = available_cpus(tmp_path / "absent", tmp_path / "absent")
+    assert everything >= 1
+    assert available_cpus(tmp_path / "root", tmp_path / "cgroup") == (expected or everything)
+
+
+def test_the_quota_of_version_one(tmp_path: Path) -> None:
+    group = tmp_path / "cpu" / "pod"
+    group.mkdir(parents=True)
+    (group / "cpu.cfs_quota_us").write_text("100000\n")
+    (group / "cpu.cfs_period_us").write_text("100000\n")
+    (tmp_path / "cgroup").write_text("4:memory:/pod\n3:cpu,cpuacct:/pod\n")
+    assert available_cpus(tmp_path, tmp_path / "cgroup") == 1
