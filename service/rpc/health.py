@@ -9,6 +9,7 @@ ErrorInfo.
 from __future__ import annotations
 
 import asyncio
+from typing import TypeAlias
 
 import grpc
 from google.protobuf.message import Message
@@ -18,7 +19,7 @@ PROCESS = ""
 LIVENESS = "quire.live"
 READINESS = "quire.v1.InferenceService"
 
-Context = grpc.aio.ServicerContext[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
+Context: TypeAlias = "grpc.aio.ServicerContext[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]"
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVING = health_pb2.HealthCheckResponse.SERVING
