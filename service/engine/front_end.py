@@ -1,0 +1,111 @@
+"""The engine's end of one connection to a front end: bytes both ways, and which sequences are whose.
+
+Front ends choose their ids without knowing of each other, so inside the engine an id carries the number of its
+connection:  | connection | id of the front end, 48 bits |
+"""
+
+from __future__ import annotations
+
+import socket
+
+import msgspec
+
+from service.engine.framing import FrameDecoder, FramingError, encode_frame
+from service.engine.messages import (
+    MAX_FRAME_BYTES,
+    Cancel,
+    FromEngine,
+    Report,
+    Start,
+    ToEngine,
+)
+
+ID_BITS = 48
+ID_MASK = (1 << ID_BITS) - 1
+READ_BYTES = 1 << 20
+MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES
+"""A front end that leaves more than this unread is lost."""
+
+
+class FrontEndLost(Exception):
+    """The connection ended, or cannot be trusted or waited for any longer."""
+
+
+class FrontEnd:
+    """One connected front end. Owns its socket, which does not block."""
+
+    def __init__(self, number: int, connection: socket.socket) -> None:
+        self.number = number
+        self.connection = connection
+        self.open_ids: set[int] = set()
+        """Engine ids of its sequences that have not ended."""
+        self._decoder: FrameDecoder[ToEngine] = FrameDecoder(ToEngine)
+        self._unsent = bytearray()
+        connection.setblocking(False)
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._unsent)
+
+    def read(self) -> list[ToEngine]:
+        """What has arrived, with engine ids. Raises FrontEndLost."""
+        try:
+            data = self.connection.recv(READ_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise FrontEndLost(error.strerror) from None
+        if not data:
+            raise FrontEndLost("it disconnected")
+        try:
+            messages = self._decoder.feed(data)
+        except FramingError as error:
+            raise FrontEndLost(str(error)) from None
+        return [self._with_engine_ids(message) for message in messages]
+
+    def send(self, message: FromEngine) -> None:
+        """Sends what the socket takes and keeps the rest. Raises FrontEndLost."""
+        self._unsent += encode_frame(message)
+        self.flush()
+        if len(self._unsent) > MAX_UNSENT_BYTES:
+            raise FrontEndLost("it does not read")
+
+    def flush(self) -> None:
+        """Sends what was kept, as far as it goes. Raises FrontEndLost."""
+        try:
+            sent = self.connection.send(self._unsent)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise FrontEndLost(error.strerror) from None
+        del self._unsent[:sent]
+
+    def share_of(self, report: Report) -> Report:
+        """This front end's part of a step's report, with its own ids."""
+        mine = [index for index, key in enumerate(report.ids) if key >> ID_BITS == self.number]
+        self.open_ids.difference_update(report.ids[index] for index in mine if report.finishes[index])
+        return Report(
+            ids=[report.ids[index] & ID_MASK for index in mine],
+            token_ids=[report.token_ids[index] for index in mine],
+            finishes=[report.finishes[index] for index in mine],
+            preemptions=[report.preemptions[index] for index in mine],
+            logprobs=[report.logprobs[index] for index in mine] if report.logprobs else [],
+            starts=[
+                Start(start.id & ID_MASK, start.scheduled_at, start.num_cached)
+                for start in report.starts
+                if start.id >> ID_BITS == self.number
+            ],
+            stats=report.stats,
+        )
+
+    def _with_engine_ids(self, message: ToEngine) -> ToEngine:
+        if isinstance(message, Cancel):
+            return Cancel([self._key(sequence_id) for sequence_id in message.ids])
+        key = self._key(message.id)
+        self.open_ids.add(key)
+        return msgspec.structs.replace(message, id=key)
+
+    def _key(self, sequence_id: int) -> int:
+        if not 0 <= sequence_id <= ID_MASK:
+            raise FrontEndLost("it sent an id out of range")
+        return self.number << ID_BITS | sequence_id
