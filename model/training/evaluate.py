@@ -19,11 +19,11 @@ ROWS_AT_ONCE = 8
 
 COMPLETIONS = (
     "def binary_search(",
-    "def fibonacci(n):\n",
-    "class Stack:\n",
-    "import argparse\n\n\ndef main():\n",
-    "def average(numbers):\n    ",
-    "with open(path) as f:\n",
+    "def fibonacci(n):",
+    "class Stack:",
+    "import argparse\n\n\ndef main():",
+    "def quicksort(",
+    "class Config:\n    def __init__(self, path):",
 )
 QUESTIONS = (
     "Hello",
