@@ -92,13 +92,9 @@ $(STAMPS)/torch:
 	$(call say,creating .venv)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	 || { echo "quire: $(PYTHON) is older than 3.11; name another with PYTHON=..." >&2; exit 1; }
-	@if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
-	   echo "quire: using the torch that is installed"; $(PYTHON) -m venv --system-site-packages .venv; \
-	 else \
-	   $(PYTHON) -m venv .venv; \
-	   $(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null \
-	   || { echo "quire: installing $(TORCH) (a minute or more)"; $(PIP) $(TORCH); }; \
-	 fi
+	@$(PYTHON) -m venv $$($(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null && echo --system-site-packages) .venv
+	@if $(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null; then echo "quire: using the torch that is there"; \
+	 else echo "quire: installing $(TORCH) (a minute or more)"; $(PIP) $(TORCH); fi
 	@mkdir -p $(STAMPS) && touch $@
 HAS_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11) or not torch.ones(2).equal(torch.ones(2)))
 
