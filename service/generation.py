@@ -198,8 +198,8 @@ class Generation:
     def fail(self, error: Exception) -> None:
         """Ends it with an error, here and in the engine, unless it has ended."""
         if self._end is None:
-            self._cancel_in_engine()
             self._end_with(error)
+            self._cancel_in_engine()
 
     def expire(self) -> None:
         """Its deadline has passed."""
@@ -217,7 +217,10 @@ class Generation:
     # How it is done.
 
     def _cancel_in_engine(self) -> None:
-        """Ends the sequence in the engine unless it has left it or was told already."""
+        """Ends the sequence in the engine unless it has left it or was told already.
+
+        The engine's answer, on_finish, may come from within: whoever calls this has noted the end before.
+        """
         if self._is_in_engine and self._cancelled_at is None:
             self._cancelled_at = time.monotonic()
             self._cancel(self.sequence_id)
@@ -232,8 +235,8 @@ class Generation:
             text, matched = self._text.push(token_id)
             self._mailbox.put_text(text)
             if matched is not None:
-                self._cancel_in_engine()
                 self._end_with(self._finish(EndReason.STOP, matched))
+                self._cancel_in_engine()
         self._has_news.set()
 
     def _note_time(self) -> None:

@@ -14,13 +14,16 @@ end, TPOT is (last - first) / (n - 1). Labels come from closed sets only.
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from wsgiref.simple_server import WSGIServer
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
 from service.engine.messages import Hello, StepStats
@@ -32,6 +35,8 @@ TOKENS = tuple(float(2**power) for power in range(18))
 ROWS = tuple(float(2**power) for power in range(11))
 SCRAPE_SECONDS = 5.0
 """A scrape fails when the event loop does not answer it for this long."""
+CLOSE_SECONDS = 0.1
+"""How soon the endpoint notices that it is to end."""
 
 REFUSALS = (
     Reason.INVALID_FIELD,
@@ -274,12 +279,23 @@ class _Snapshot(Collector):
         return metrics
 
 
+class _SilentHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """A scrape is no news."""
+
+
 class Endpoint:
     """The HTTP server of /metrics, in threads of its own."""
 
-    def __init__(self, server: WSGIServer, thread: threading.Thread) -> None:
-        self._server = server
-        self._thread = thread
+    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+        """Raises OSError when it cannot listen."""
+
+        class Server(ThreadingWSGIServer):
+            address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+
+        self._server = make_server(host, port, make_wsgi_app(registry), Server, _SilentHandler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(CLOSE_SECONDS,), daemon=True)
+        self._thread.start()
 
     @property
     def port(self) -> int:
@@ -309,7 +325,6 @@ class Metrics:
         outer.register(_Snapshot(self._registry, asyncio.get_running_loop()))
         ProcessCollector(registry=outer)
         try:
-            server, thread = start_http_server(port, host.strip("[]"), outer)
+            return Endpoint(outer, host.strip("[]"), port)
         except OSError as error:
             raise StartupError(f"metrics: cannot listen on {host}:{port}: {error.strerror}") from None
-        return Endpoint(server, thread)

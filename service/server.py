@@ -184,7 +184,8 @@ class FrontEnd:
             self._on_ready(self, hello)
 
     def _on_down(self) -> None:
-        log.warning("the engine is lost; open requests wait for the next one")
+        if not self._stopping.is_set():
+            log.warning("the engine is lost; open requests wait for the next one")
         self.metrics.engine.on_down()
         self._health.set(READINESS, False)
 

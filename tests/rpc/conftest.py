@@ -73,14 +73,19 @@ async def failure_of(call: Awaitable[Any]) -> Failure:
     return Failure(error.code(), error.details() or "", dict(error.trailing_metadata() or ()))
 
 
-async def failure_of_stream(call: Any) -> tuple[list[Any], Failure]:
-    """What a stream gave before it failed, and its failure."""
+async def rest_of(call: Any) -> list[Any]:
+    """What a stream still gives; may follow single reads."""
     messages: list[Any] = []
-    with suppress(grpc.aio.AioRpcError):
-        async for message in call:
-            messages.append(message)
-        pytest.fail("the stream ended well")
-    return messages, await Failure.of(call)
+    while (message := await call.read()) is not grpc.aio.EOF:
+        messages.append(message)
+    return messages
+
+
+async def failure_of_stream(call: Any) -> Failure:
+    """The failure of a stream, once it was read to its end."""
+    with pytest.raises(grpc.aio.AioRpcError):
+        await rest_of(call)
+    return await Failure.of(call)
 
 
 @pytest.fixture

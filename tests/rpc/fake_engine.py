@@ -69,6 +69,7 @@ class FakeEngine:
         self.sequences: dict[int, FakeSequence] = {}
         self.submitted: list[Submit] = []
         self.cancelled: list[int] = []
+        self.is_up = False
         self._changed = asyncio.Event()
 
     def __call__(
@@ -97,6 +98,8 @@ class FakeEngine:
 
     def cancel(self, sequence_id: int) -> None:
         self.cancelled.append(sequence_id)
+        if not self.is_up and sequence_id in self.sequences:  # as EngineClient: nobody is there to confirm it
+            self._finish(self.sequences[sequence_id], FinishCode.CANCELLED)
         self._changed.set()
 
     def resume(self, pause_at: int | None = None, max_started: int | None = None) -> None:
@@ -105,10 +108,13 @@ class FakeEngine:
         self._changed.set()
 
     def up(self) -> None:
+        self.is_up = True
         self._on_up(self.greeting)
+        self._changed.set()
 
     def die(self, is_recoverable: bool) -> None:
         """The engine is gone. When it is not recoverable, its sequences are lost."""
+        self.is_up = False
         self._on_down()
         if not is_recoverable:
             lost, self.sequences = list(self.sequences.values()), {}
@@ -118,6 +124,8 @@ class FakeEngine:
     def _step(self) -> bool:
         """One token for each sequence that may go on. False when nothing moved."""
         moved = False
+        if not self.is_up:
+            return False
         for sequence in list(self.sequences.values()):
             if sequence.submit.id in self.cancelled:
                 self._finish(sequence, FinishCode.CANCELLED)
