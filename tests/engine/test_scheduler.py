@@ -310,3 +310,15 @@ def test_a_cached_prefix_is_not_counted_as_room_for_itself(
     run_to_end(engine, ledger)
     assert ledger.tokens[3] == expected_tokens(prompt, 3, Sampling())
     assert ledger.num_preempted == 0
+
+
+def test_newcomers_leave_running_sequences_room_to_grow(
+    ledger: Ledger, options: EngineOptions, clock: FakeClock
+) -> None:
+    """One free block is what the running sequence needs next: a newcomer that took it would be preempted at once."""
+    engine = Engine(FakeRunner(replace(SHAPE, num_blocks=3)), options, clock)
+    engine.submit(make_submit(1, [1] * 7, 5, arrival=1.0))
+    engine.submit(make_submit(2, [2] * 3, 2, arrival=2.0))
+    run_to_end(engine, ledger)
+    assert ledger.num_preempted == 0
+    assert set(ledger.finishes.values()) == {FinishCode.LENGTH}
