@@ -113,6 +113,12 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
 
 
+def default_address() -> str:
+    """Where the command line looks for a server: QUIRE_ADDRESS, else this machine, at the port that a server takes."""
+    port = os.environ.get(f"{ENV_PREFIX}PORT") or Settings.model_fields["port"].default
+    return os.environ.get(f"{ENV_PREFIX}ADDRESS") or f"localhost:{port}"
+
+
 def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> Settings:
     """Resolves flags over environment over file over defaults. Raises StartupError naming each bad field."""
     from_file = _read_toml(file) if file else {}

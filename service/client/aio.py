@@ -75,17 +75,17 @@ class Client:
     """
 
     def __init__(self, address: str) -> None:
-        self._target = target(address)
+        self.address = target(address)
 
     # Channels bind to the running event loop, so they are made by the first call and not before.
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(self._target, channel_options())
+        return grpc.aio.insecure_channel(self.address, channel_options())
 
     @cached_property
     def _probe_channel(self) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(self._target, probe_options())
+        return grpc.aio.insecure_channel(self.address, probe_options())
 
     @cached_property
     def _stub(self) -> Any:

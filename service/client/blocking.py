@@ -72,9 +72,9 @@ class BlockingClient:
     """
 
     def __init__(self, address: str) -> None:
-        place = target(address)
-        self._channel = grpc.insecure_channel(place, channel_options())
-        self._probe_channel = grpc.insecure_channel(place, probe_options())
+        self.address = target(address)
+        self._channel = grpc.insecure_channel(self.address, channel_options())
+        self._probe_channel = grpc.insecure_channel(self.address, probe_options())
         self._stub = _inference(self._channel)
         self._probe = _inference(self._probe_channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._probe_channel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,9 @@ def build_chat(messages: Sequence[Message], add_generation_prompt: bool | None =
     unknown = [message.role for message in messages if message.role not in ROLES]
     if unknown:
         raise ValueError(f"role: {unknown[0]!r} is none of {', '.join(ROLES)}")
-    chat = pb.Chat(messages=[pb.ChatMessage(role=ROLES[m.role], content=m.content) for m in messages])
+    chat = pb.Chat()
+    for message in messages:
+        _set(chat.messages.add(role=ROLES[message.role]), "content", message.content, "message")
     if add_generation_prompt is not None:
         chat.add_generation_prompt = add_generation_prompt
     return chat
@@ -75,7 +78,7 @@ def is_conversation(prompt: Sequence[int] | Sequence[Message]) -> bool:
 
 def _set_prompt(spec: pb.GenerationSpec, prompt: Prompt, add_generation_prompt: bool | None) -> None:
     if isinstance(prompt, str):
-        spec.text = prompt
+        _set(spec, "text", prompt, "prompt")
     elif is_conversation(prompt):
         spec.chat.CopyFrom(build_chat(prompt, add_generation_prompt))  # type: ignore[arg-type]
     else:
@@ -105,4 +108,6 @@ def _set(message: Any, field: str, value: Any, name: str) -> None:
     try:
         getattr(message, field).extend(value) if repeated else setattr(message, field, value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name}: {value!r} does not fit the field ({error})") from None
+        # The value may be a whole prompt: it is not repeated.
+        why = " (not Unicode text)" if isinstance(error, UnicodeError) else ""
+        raise ValueError(f"{name}: {reprlib.repr(value)} does not fit the field{why}") from None
