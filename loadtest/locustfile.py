@@ -1,6 +1,6 @@
 """The load: users that stream generations over gRPC, one after the other, and what each stream was like.
 
-    locust -f loadtest/locustfile.py --headless -u 16 -r 16 -t 30s --host 127.0.0.1:50051 --profile chat
+    locust -f loadtest/locustfile.py --headless -u 16 -r 16 -t 30s --host 127.0.0.1:50051 --lengths chat
 
 A closed loop: a user sends its next request when its last one has ended. Locust's statistics get three events: `ttft`
 once per stream that had a token, `itl` for every gap between two tokens, `e2e` once per stream, failed ones under their
@@ -38,7 +38,7 @@ REQUEST_SECONDS = 120.0
 @events.init_command_line_parser.add_listener
 def add_options(parser: LocustArgumentParser) -> None:
     """Our own flags."""
-    parser.add_argument("--profile", choices=sorted(PROFILES), default="chat", help="distribution of lengths")
+    parser.add_argument("--lengths", choices=sorted(PROFILES), default="chat", help="distribution of lengths")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and lengths")
     parser.add_argument("--streams", default="", help="file that gets one JSON line per stream")
 
@@ -84,7 +84,7 @@ class StreamingUser(User):
         assert options is not None, "locust parses its command line"
         self.record.num_users += 1
         seed = 1_000_003 * options.seed + self.record.num_users
-        self.works = ProfileWorks(PROFILES[options.profile], seed, model.context_length, model.vocab_size)
+        self.works = ProfileWorks(PROFILES[options.lengths], seed, model.context_length, model.vocab_size)
 
     def on_stop(self) -> None:
         """Hangs up."""

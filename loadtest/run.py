@@ -70,7 +70,7 @@ def run_locust(given: argparse.Namespace, address: str, streams_file: Path) -> N
     """Locust in a process of its own: it patches the standard library. Raises CalledProcessError when it breaks."""
     command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest" / "locustfile.py"), "--headless"]
     command += ["--users", str(given.users), "--spawn-rate", str(given.users), "--run-time", f"{given.seconds}s"]
-    command += ["--host", address, "--profile", given.profile, "--streams", str(streams_file)]
+    command += ["--host", address, "--lengths", given.profile, "--streams", str(streams_file)]
     command += ["--only-summary", "--exit-code-on-error", "0", "--loglevel", "WARNING"]
     subprocess.run(command, check=True, cwd=ROOT, timeout=given.seconds + 120)
 

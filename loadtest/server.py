@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from loadtest.machine import ROOT
 from service.client.blocking import BlockingClient
 from service.client.errors import QuireClientError
 from service.client.types import HealthStatus
 
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
-COMMAND = Path(sys.executable).parent / "quire"
 
 
 class ServerFailed(Exception):
@@ -54,10 +54,20 @@ def running_server(log: Path, arguments: Sequence[str] = ()) -> Iterator[Running
     """Starts a server and stops it with SIGTERM at the end. Raises ServerFailed if it does not end with 0."""
     log.parent.mkdir(parents=True, exist_ok=True)
     port, metrics_port = free_ports(2)
-    command = [str(COMMAND), "serve", "--port", str(port), "--metrics-port", str(metrics_port), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "service",
+        "serve",
+        "--port",
+        str(port),
+        "--metrics-port",
+        str(metrics_port),
+        *arguments,
+    ]
     with log.open("wb") as stream:
         started_at = time.monotonic()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT)
         try:
             address = f"127.0.0.1:{port}"
             _wait_until_ready(process, address, log)
