@@ -128,6 +128,16 @@ def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> Setting
         raise StartupError("; ".join(_describe(dict(item)) for item in error.errors())) from None
 
 
+def let_waiting_threads_sleep() -> None:
+    """Sets OpenMP's wait policy, unless the user did; takes effect if torch is not imported yet.
+
+    Threads that spin at every barrier keep the core from whoever they wait for, once another process (our own front
+    end, say) wants one: beside one busy process, steps of 2 ms were measured to take 500 ms, and 2 to 3 ms with this.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def _environment() -> dict[str, Any]:
     """What the environment sets, unvalidated."""
     names = {ENV_PREFIX + name.upper(): name for name in Settings.model_fields}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from model.interface import Dtype, ModelFacts, Runner, RunnerOptions
 from service import logs
-from service.config import Settings
+from service.config import Settings, let_waiting_threads_sleep
 from service.engine.engine import Engine, EngineOptions
 from service.engine.heartbeat import Heartbeat
 from service.engine.loop import EngineLoop
@@ -36,6 +36,7 @@ Load = Callable[[Settings], tuple[Runner, ModelFacts]]
 
 def load_model(settings: Settings) -> tuple[Runner, ModelFacts]:
     """The runner that the settings ask for. Raises ValueError for a model or options that cannot be used."""
+    let_waiting_threads_sleep()
     # Imported last: torch takes seconds, and a mistake in the arguments should not have to wait for it.
     from model.runner import load_runner
 

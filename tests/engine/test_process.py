@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from model.interface import Dtype, Sampling
-from service.config import Settings
+from service.config import Settings, let_waiting_threads_sleep
 from service.engine.client import EngineClient
 from service.engine.heartbeat import ALIVE, BEAT_SECONDS, READY, Heartbeat
 from service.engine.messages import FinishCode
@@ -172,6 +172,19 @@ def test_settings_reach_the_runner_and_the_loop() -> None:
     assert runner_options(Settings(dtype="float32")).dtype is Dtype.FLOAT32
     loop = engine_options(settings)
     assert (loop.depth, loop.prefix_cache, loop.target_itl_seconds) == (0, False, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "9"}, None)],
+    ids=["unset", "policy given", "count given"],
+)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], policy: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", given)
+    let_waiting_threads_sleep()
+    assert given.get("OMP_WAIT_POLICY") == policy
 
 
 def test_the_heart_beats_no_faster_than_it_should() -> None:
