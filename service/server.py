@@ -114,10 +114,10 @@ class FrontEnd:
             connection_grace_seconds=settings.max_deadline_seconds,
             on_handled=self.metrics.requests.on_handled,
         )
-        self.port = listener.bind(server, settings.host, settings.port)
-        await server.start()
         self._start_task(self._engine.run())
         self._closing.push_async_callback(server.stop, LEAVE_SECONDS)
+        self.port = listener.bind(server, settings.host, settings.port)
+        await server.start()
         self._health.set(PROCESS, True)
         self._health.set(LIVENESS, True)
 

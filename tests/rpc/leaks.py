@@ -62,7 +62,9 @@ class Failure:
         if self.status is None:
             assert self.code in MADE_BY_CLIENTS, (self.code, self.message)
             return
-        assert (self.status.code, self.status.message) == (self.code.value[0], self.message)
+        # A client whose own deadline fires puts its own words over our trailers.
+        if self.code not in MADE_BY_CLIENTS:
+            assert (self.status.code, self.status.message) == (self.code.value[0], self.message)
         info = self.one(ErrorInfo)
         assert info.domain == "quire"
         assert info.reason in list(Reason)
