@@ -48,19 +48,16 @@ def open_stream(client: BlockingClient, prompt: Prompt, options: Options, timeou
         raise StartupError(str(error)) from None
 
 
-def print_text(events: Stream) -> tuple[str, Finished]:
+def _print_text(events: Stream) -> None:
     """Prints text as it comes, and a line end after it."""
     text = ""
     for event in events:
         if isinstance(event, Delta) and event.text:
-            text += event.text
-            sys.stdout.write(event.text)
+            text = event.text
+            sys.stdout.write(text)
             sys.stdout.flush()
-        if isinstance(event, Finished):
-            if not text.endswith("\n"):
-                sys.stdout.write("\n")
-            return text, event
-    raise AssertionError("a stream ends with Finished or raises")
+    if not text.endswith("\n"):
+        sys.stdout.write("\n")
 
 
 def _print_document(events: Stream) -> None:

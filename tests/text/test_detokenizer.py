@@ -73,6 +73,13 @@ def test_special_tokens_are_kept_only_when_asked_for() -> None:
     assert "".join(stream(DEFAULT, ids, keep_special_tokens=True)) == "a<|im_end|>b"
 
 
+def test_blanks_are_stripped_from_the_front_only() -> None:
+    tokenizer = TOYS["stripping"]
+    blank, a = FIRST_WORD + WORDS.index("▁"), FIRST_WORD + WORDS.index("▁a")
+    ids = [blank] * 5 + [a] + [blank] * 5 + [a]
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids) == "   a      a"
+
+
 def test_words_appear_at_once_and_not_at_the_end() -> None:
     tokenizer = TOYS["llama"]
     the, a = FIRST_WORD + WORDS.index("▁the"), FIRST_WORD + WORDS.index("▁a")

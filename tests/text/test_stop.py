@@ -81,6 +81,9 @@ def test_matches_are_passed_over_until_they_may_match() -> None:
     matcher = StopMatcher(["ab"])
     assert matcher.push("abxa", can_match=False) == StopMatch("abx", None)
     assert matcher.push("b") == StopMatch("", "ab")
+    overlapping = StopMatcher(["aa"])
+    assert overlapping.push("aa", can_match=False) == StopMatch("a", None)
+    assert overlapping.push("a") == StopMatch("", "aa")
 
 
 def test_a_hostile_string_costs_no_more_than_linear_work() -> None:

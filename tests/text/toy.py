@@ -33,6 +33,14 @@ def gemma() -> Tokenizer:
     return tokenizer
 
 
+def stripping() -> Tokenizer:
+    """As Llama 2's, with several blanks stripped from the front, so that a text may begin with tokens without text."""
+    tokenizer = llama()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 3, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
 def metaspace() -> Tokenizer:
     """T5's and XLM-R's: the Metaspace decoder, which drops blanks of the first token."""
     tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), *((word, -1.0) for word in WORDS)], 0))
@@ -72,4 +80,6 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
-FAMILIES = {family.__name__: family for family in (llama, gemma, metaspace, wordpiece, suffix, plain, byte_level)}
+FAMILIES = {
+    family.__name__: family for family in (llama, gemma, stripping, metaspace, wordpiece, suffix, plain, byte_level)
+}
