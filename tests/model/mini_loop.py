@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.attention.base import load_attention
 from model.config import FAMILIES, load_config
-from model.inputs import prepare, SlotTables
+from model.inputs import SlotTables, prepare
 from model.interface import Admission, Batch, Row, Sampling
 from model.kv_cache import KVCache
 from model.linear import LinearPacker

@@ -17,11 +17,7 @@ from tests.model.mini_loop import MiniLoop
 GREEDY = Sampling(temperature=0.0)
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> object:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("restored_threads")
 
 
 def options(model_dir: Path = DEFAULT_MODEL, **changes: object) -> RunnerOptions:
@@ -41,7 +37,9 @@ def launch(runner: TorchRunner, *rows: Row) -> Sampled:
     return runner.launch(Batch(rows, sum(row.num_tokens for row in rows))).result()
 
 
-def generate(runner: TorchRunner, slot: int, ids: Sequence[int], num_new: int, sampling: Sampling = GREEDY) -> list[int]:
+def generate(
+    runner: TorchRunner, slot: int, ids: Sequence[int], num_new: int, sampling: Sampling = GREEDY
+) -> list[int]:
     """Decodes without sending any drawn token back: the slot knows them."""
     tokens = launch(runner, admit(slot, ids, len(ids), 8 * slot, sampling, num_new)).token_ids
     for position in range(len(ids), len(ids) + num_new - 1):
@@ -63,6 +61,7 @@ def test_facts_of_the_default_model() -> None:
 
 
 @pytest.mark.parametrize("dtype", list(Dtype))
+@pytest.mark.usefixtures("native_attention")
 def test_greedy_tokens_are_the_transformers(dtype: Dtype) -> None:
     runner, _ = load_runner(options(dtype=dtype))
     prompt = list(range(40, 70))
@@ -71,6 +70,7 @@ def test_greedy_tokens_are_the_transformers(dtype: Dtype) -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.9, top_p=0.9, seed=7)])
+@pytest.mark.usefixtures("native_attention")
 def test_tokens_do_not_depend_on_what_shares_the_step(sampling: Sampling) -> None:
     runner, _ = load_runner(options())
     prompt = list(range(100, 125))
@@ -83,6 +83,7 @@ def test_tokens_do_not_depend_on_what_shares_the_step(sampling: Sampling) -> Non
     assert tokens == alone
 
 
+@pytest.mark.usefixtures("native_attention")
 def test_tokens_do_not_depend_on_the_shares_of_the_prompt() -> None:
     runner, _ = load_runner(options())
     prompt = list(range(200, 250))
@@ -92,6 +93,7 @@ def test_tokens_do_not_depend_on_the_shares_of_the_prompt() -> None:
     assert launch(runner, Row(1, 33, 17, wants_token=True)) == whole
 
 
+@pytest.mark.usefixtures("native_attention")
 def test_readmission_after_preemption_continues_alike() -> None:
     runner, _ = load_runner(options())
     prompt = list(range(300, 320))

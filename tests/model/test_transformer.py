@@ -53,7 +53,9 @@ def test_scaled_frequencies(head_dim: int, rope: Rope, theirs: dict[str, Any]) -
 
 
 def test_rotation_is_hugging_faces() -> None:
-    embedding = LlamaRotaryEmbedding(LlamaConfig(head_dim=80, rope_parameters={"rope_type": "default", "rope_theta": 1e4}))
+    embedding = LlamaRotaryEmbedding(
+        LlamaConfig(head_dim=80, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    )
     q, k = torch.randn(2, 70, 3, 80, generator=torch.Generator().manual_seed(0)).unbind()
     positions = torch.randperm(2000, generator=torch.Generator().manual_seed(1))[:70]
     cos, sin = embedding(q, positions[None])
@@ -144,6 +146,7 @@ def check_alone_equals_together(directory: Path, dtype: torch.dtype, vocab_size:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("native_attention")
 def test_a_row_alone_has_the_bits_of_a_row_among_64(dtype: torch.dtype) -> None:
     check_alone_equals_together(DEFAULT_MODEL, dtype, 4096, every=5)
 
@@ -160,6 +163,7 @@ def test_a_row_alone_has_the_bits_of_a_row_among_64(dtype: torch.dtype) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("linear", ["onednn", "plain"])
+@pytest.mark.usefixtures("native_attention")
 def test_a_row_alone_has_the_bits_of_a_row_among_64_for_other_shapes(
     tmp_path: Path, dtype: torch.dtype, shape: dict[str, Any], linear: str
 ) -> None:
@@ -176,17 +180,20 @@ def check_shares(directory: Path, dtype: torch.dtype, length: int, shares: range
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("native_attention")
 def test_shares_of_a_prompt_do_not_change_bits(dtype: torch.dtype) -> None:
     check_shares(DEFAULT_MODEL, dtype, 130, range(5, 65, 8))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("native_attention")
 def test_no_share_of_a_prompt_changes_bits(dtype: torch.dtype) -> None:
     check_shares(DEFAULT_MODEL, dtype, 200, range(1, 65))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("native_attention")
 def test_old_content_of_blocks_is_never_seen(tmp_path: Path, dtype: torch.dtype) -> None:
     directory = write_checkpoint(tmp_path)
     ids = random_ids(random.Random(2), 50)
