@@ -241,8 +241,8 @@ async def test_a_bug_is_internal_with_an_id_that_names_a_log_line(serve, monkeyp
 async def test_a_bug_in_handling_a_token_is_this_generations_alone(serve, monkeypatch):
     served = await serve(FakeEngine(script=[60, 61, 62], pause_at=1))
     bad = served.stub.StreamGenerate(stream_request(3))
-    good = served.stub.StreamGenerate(stream_request(3, client_request_id="good"))
     await bad.read()
+    good = served.stub.StreamGenerate(stream_request(3))
     await good.read()
     first = served.engine.sequences[served.engine.submitted[0].id].listener
     monkeypatch.setattr(first._text, "push", None)

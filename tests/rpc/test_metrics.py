@@ -1,6 +1,7 @@
 """What a scrape shows: one consistent snapshot that equals what callers saw, with names that do not multiply."""
 
 import asyncio
+import shutil
 import urllib.request
 
 import pytest
@@ -86,6 +87,7 @@ async def test_every_end_counts_once_and_every_scrape_adds_up(serve):
     for call in cancelled:
         call.cancel()
         assert_reconciled(await scrape(served))
+    await served.until(lambda: served.front_end.generations.num_open == 4)
     served.engine.resume()
     for call in finished:
         assert (await rest_of(call))[-1].finished.usage.completion_tokens == 3
@@ -164,3 +166,16 @@ async def test_a_refusal_for_the_deadline_counts_as_such(serve):
     samples = await scrape(served)
     assert value(samples, "quire_deadline_outcomes_total", outcome="refused") == 1
     assert value(samples, "quire_rejections_total", reason="DEADLINE_UNREACHABLE") == 1
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Prometheus) is not installed")
+async def test_promtool_finds_nothing_to_complain_about(serve):
+    served = await serve()
+    await served.stub.Generate(request(3))
+    url = f"http://127.0.0.1:{served.front_end.metrics_port}/metrics"
+    raw = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=10).read())
+    process = await asyncio.create_subprocess_exec(
+        "promtool", "check", "metrics", stdin=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    _, complaints = await process.communicate(raw)
+    assert (process.returncode, complaints) == (0, b"")
