@@ -180,7 +180,13 @@ def test_truncated_files_are_refused(directory: Path, keep: int) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"\x02\0\0\0\0\0\0\0[]", b"\x02\0\0\0\0\0\0\0{{", b"\xff" * 64, b"\x80\x04\x95 a pickle", b"PK\x03\x04" + bytes(99)],
+    [
+        b"\x02\0\0\0\0\0\0\0[]",
+        b"\x02\0\0\0\0\0\0\0{{",
+        b"\xff" * 64,
+        b"\x80\x04\x95 a pickle",
+        b"PK\x03\x04" + bytes(99),
+    ],
 )
 def test_other_files_are_refused(directory: Path, content: bytes) -> None:
     (directory / WEIGHTS).write_bytes(content)
