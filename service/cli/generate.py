@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             _print_document(events)
         else:
-            print_text(events)
+            _print_text(events)
     return 0
 
 
