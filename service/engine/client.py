@@ -83,7 +83,7 @@ class EngineClient:
         on_up: Callable[[Hello], None],
         on_down: Callable[[], None],
         on_stats: Callable[[StepStats], None],
-        max_resubmissions: int = 3,
+        max_resubmissions: int = 2,
     ) -> None:
         self._socket_path = socket_path
         self._on_up = on_up
