@@ -156,9 +156,10 @@ def _has_onednn(dtype: torch.dtype) -> bool:
 def _pack_onednn(weight_OI: Tensor, bias_O: Tensor | None) -> Product:
     """Reorders the weight once into the layout that oneDNN's kernels read."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, None)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def product(x_MI: Tensor) -> Tensor:
-        y_MO: Tensor = torch.ops.mkldnn._linear_pointwise(x_MI, packed, bias_O, "none", [], "")
+        y_MO: Tensor = multiply(x_MI, packed, bias_O, "none", [], "")
         return y_MO
 
     return product

@@ -63,13 +63,17 @@ class Transformer:
         """
         rotation = self._rotary.at(positions_T)
         x_TE = self._embedding_VE[ids_T]
+        last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             x_TE = x_TE + self._attend(index, layer, x_TE, rotation, cache, plan)
-            x_TE = x_TE + self._mlp(layer, x_TE)
+            if index < last:
+                x_TE = x_TE + self._mlp(layer, x_TE)
         if wanted_W.shape[0] == 0:
             return torch.empty(0, self._config.vocab_size)
-        x_WE = rms_norm(x_TE[wanted_W], self._norm_E, self._config.norm_epsilon)
-        return self._unembedding(x_WE).float()
+        # Behind the last keys and values nothing reads the tokens that are not wanted.
+        x_WE = x_TE[wanted_W]
+        x_WE = x_WE + self._mlp(self._layers[last], x_WE)
+        return self._unembedding(rms_norm(x_WE, self._norm_E, self._config.norm_epsilon)).float()
 
     def _attend(
         self,
