@@ -212,6 +212,8 @@ class EngineMetrics:
         self._step = Histogram(
             "quire_step_seconds", "Time of a step, by phase.", ["phase"], buckets=STEP_SECONDS, registry=registry
         )
+        for reason in ("preempted", "ended"):
+            self._wasted.labels(reason)
         self._step_tokens = Histogram("quire_step_tokens", "Tokens per step.", buckets=TOKENS, registry=registry)
         self._step_rows = Histogram("quire_step_rows", "Rows per step.", buckets=ROWS, registry=registry)
 
@@ -222,7 +224,7 @@ class EngineMetrics:
         self._was_up = True
         facts, shape = hello.facts, hello.shape
         self._num_blocks = shape.num_blocks
-        self._blocks.labels("free").set(shape.num_blocks)
+        self._show_blocks(free=shape.num_blocks, cached=0)
         self._info.labels(
             model,
             facts.digest,
@@ -244,11 +246,7 @@ class EngineMetrics:
         self._lag.set(seconds)
 
     def on_step(self, stats: StepStats) -> None:
-        held = self._num_blocks - stats.free_blocks - stats.cached_blocks
-        self._blocks.labels("free").set(stats.free_blocks)
-        self._blocks.labels("cached").set(stats.cached_blocks)
-        self._blocks.labels("held").set(held)
-        self._usage.set(held / self._num_blocks if self._num_blocks else 0.0)
+        self._show_blocks(stats.free_blocks, stats.cached_blocks)
         self._batch_tokens.set(stats.num_tokens)
         self._preemptions.inc(stats.num_preemptions)
         self._queries.inc(stats.prefix_query_tokens)
@@ -260,6 +258,12 @@ class EngineMetrics:
             self._step.labels("total").observe(stats.step_seconds)
             self._step_tokens.observe(stats.num_tokens)
             self._step_rows.observe(stats.num_rows)
+
+    def _show_blocks(self, free: int, cached: int) -> None:
+        held = self._num_blocks - free - cached
+        for state, count in (("free", free), ("cached", cached), ("held", held)):
+            self._blocks.labels(state).set(count)
+        self._usage.set(held / self._num_blocks)
 
 
 class _Snapshot(Collector):

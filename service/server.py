@@ -218,13 +218,15 @@ async def serve(settings: Settings, socket_path: str, heartbeat_fd: int) -> None
 
     def on_ready(ready: FrontEnd, hello: Hello) -> None:
         heartbeat.ready()
-        banner.make(
+        made = banner.make(
             settings,
             hello,
             address=listener.address_of(settings.host.strip("[]"), ready.port),
             metrics_address=listener.address_of(settings.metrics_host.strip("[]"), ready.metrics_port),
             has_chat=ready.model.chat is not None,
-        ).show(sys.stdout)
+        )
+        with suppress(OSError):  # a server whose output nobody reads serves all the same
+            made.show(sys.stdout)
 
     front_end = FrontEnd(settings, partial(EngineClient, socket_path), on_ready)
 

@@ -104,7 +104,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 class _StreamWriter:
-    """Writes the numbered messages of one stream. Raises ReaderStalled when a write waits longer than the limit."""
+    """Writes the numbered messages of one stream. Raises ReaderStalled when a write waits longer than the limit.
+
+    The generation is over by then; its status goes out behind what the transport already took (megabytes, at most),
+    once the caller reads again.
+    """
 
     def __init__(self, context: Context, generation: Generation, stall_seconds: float) -> None:
         self._context = context

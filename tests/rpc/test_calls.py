@@ -175,6 +175,23 @@ async def test_deltas_of_a_slow_reader_are_merged_and_never_dropped(serve, token
     assert "".join(m.delta.text for m in context.written) == TEXT * 5
 
 
+class BrokenContext(ParkedContext):
+    """A context whose connection broke."""
+
+    async def write(self, message: pb.StreamGenerateResponse) -> None:
+        raise grpc.aio.InternalError("the connection is gone")
+
+
+async def test_a_connection_that_breaks_under_a_write_is_a_cancel(serve, caplog):
+    caplog.set_level("INFO")
+    served = await serve()
+    with pytest.raises(grpc.aio.InternalError):
+        await served.front_end._servicer().StreamGenerate(stream_request(500), BrokenContext())
+    await assert_freed(served)
+    (ended,) = [r.__dict__["fields"] for r in caplog.records if r.getMessage() == "request ended"]
+    assert (ended["outcome"], ended["code"]) == ("cancelled", "CANCELLED")
+
+
 async def test_a_lost_engine_that_comes_back_is_invisible(serve):
     served = await serve(FakeEngine(script=[60, 61], pause_at=1))
     call = served.stub.StreamGenerate(stream_request(3))
