@@ -13,13 +13,13 @@ from typing import Protocol
 
 from loadtest.timing import StreamTimes
 from loadtest.workloads import Work
-from model.interface import RunnerOptions, Sampling
-from model.runner import load_runner
+from model.interface import Sampling
 from service.client.aio import Client
 from service.client.types import Delta
-from service.config import BUILT_IN_MODEL
-from service.engine.engine import Engine, EngineOptions
+from service.config import Settings
+from service.engine.engine import Engine
 from service.engine.messages import NO_TOKEN, Limits, Submit
+from service.engine.process import engine_options, load_model
 
 LONG_SECONDS = 3_600.0
 
@@ -42,13 +42,14 @@ class Target(Protocol):
 
 
 class EngineTarget:
-    """The engine over the built-in model, called directly."""
+    """The engine over the built-in model, called directly, built as the engine process builds it."""
 
     name = "engine"
 
     def __init__(self) -> None:
-        runner, self.facts = load_runner(RunnerOptions(str(BUILT_IN_MODEL)))
-        self._engine = Engine(runner, EngineOptions())
+        settings = Settings()
+        runner, self.facts = load_model(settings)
+        self._engine = Engine(runner, engine_options(settings))
         self._num_submitted = 0
 
     async def run(self, works: Sequence[Work], *, use_cache: bool) -> list[Answer]:
