@@ -21,9 +21,13 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
+        """Raises ValueError when there is no memory for so many blocks."""
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_layers)]
+        try:
+            self.k = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_layers)]
+            self.v = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_layers)]
+        except RuntimeError:
+            raise ValueError(f"no memory for a key/value cache of {num_blocks} blocks") from None
 
     def write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor, plan: AttentionPlan) -> None:
         """Stores the step's new keys and values at the places that the plan names."""

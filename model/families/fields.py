@@ -33,11 +33,11 @@ class Fields:
         """The error to raise for a value that cannot be used."""
         return ValueError(f"{self.where}: {key}: expected {expected}, found {reprlib.repr(self.values.get(key))}")
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer. Without a default the key is required."""
+    def count(self, key: str, default: int | None = None, *, maximum: int = 2**31 - 1) -> int:
+        """A positive integer up to a maximum. Without a default the key is required."""
         value = default if key not in self else self.values[key]
-        if type(value) is not int or not 0 < value < 2**31:
-            raise self.fail(key, "a positive integer")
+        if type(value) is not int or not 0 < value <= maximum:
+            raise self.fail(key, f"a positive integer up to {maximum}")
         return value
 
     def number(self, key: str, default: float | None = None, *, minimum: float = 0.0, maximum: float = 1e30) -> float:

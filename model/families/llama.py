@@ -23,6 +23,10 @@ from model.families.fields import Fields
 from model.families.rope import read_rope
 from model.interface import Dtype
 
+MAX_LAYERS = 4096
+MAX_CONTEXT_LENGTH = 2**24
+"""Far above any model: no weight's size vouches for these two, so a broken config must not make them exhaust memory."""
+
 _DTYPES = {"bfloat16": Dtype.BFLOAT16, "float16": Dtype.BFLOAT16, "float32": Dtype.FLOAT32}
 
 
@@ -41,13 +45,13 @@ def read_config(fields: Fields) -> ModelConfig:
     head_dim = fields.count("head_dim", hidden_size // num_heads)
     if head_dim % 2:
         raise fields.fail("head_dim", "an even number")
-    context_length = fields.count("max_position_embeddings", 2048)
+    context_length = fields.count("max_position_embeddings", 2048, maximum=MAX_CONTEXT_LENGTH)
     return ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=fields.count("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=fields.count("intermediate_size"),
-        num_layers=fields.count("num_hidden_layers"),
+        num_layers=fields.count("num_hidden_layers", maximum=MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

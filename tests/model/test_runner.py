@@ -142,6 +142,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
     [
         ({"context_length": 2049}, "context_length: the model's own is 2048, 2049 is longer"),
         ({"num_blocks": None, "kv_cache_bytes": 100}, "needs 8192 bytes for one block, the budget is 100"),
+        ({"num_blocks": 2**44}, "no memory for a key/value cache of 17592186044416 blocks"),
         ({"attention": "flash"}, "unknown attention backend 'flash'"),
         ({"linear": "mkl"}, "unknown linear backend 'mkl'"),
         ({"model_dir": "/nowhere"}, "No such file"),
