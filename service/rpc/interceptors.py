@@ -16,6 +16,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from service.errors import FieldViolation, InternalError, InvalidField, QuireError
+from service.generations import DEADLINE_SLACK_SECONDS
 from service.logs import with_fields
 from service.rpc.status import code_of, trailers_of
 
@@ -102,8 +103,8 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             self._on_handled(method, context.code().name)
             raise
         except grpc.aio.InternalError:
-            self._on_handled(method, _code_of_leave(context))  # the transport broke under a write
-            raise
+            self._on_handled(method, _code_of_leave(context))
+            raise _gone() from None  # the connection broke under a write
         except QuireError as expected:
             error = expected
         except Exception as unexpected:
@@ -112,7 +113,10 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             self._on_handled(method, grpc.StatusCode.OK.name)
             return response
         self._on_handled(method, error.code.value)
-        return await context.abort(code_of(error), error.message, trailers_of(error))
+        try:
+            return await context.abort(code_of(error), error.message, trailers_of(error))
+        except grpc.aio.InternalError:
+            raise _gone() from None
 
 
 def _decode(handler: Any, raw: bytes) -> Any:
@@ -126,8 +130,13 @@ def _decode(handler: Any, raw: bytes) -> Any:
 def _code_of_leave(context: Context) -> str:
     """A call that ended under us was cancelled by its caller, or by its deadline."""
     seconds_left: float | None = context.time_remaining()
-    has_expired = seconds_left is not None and seconds_left <= 0
+    has_expired = seconds_left is not None and seconds_left <= DEADLINE_SLACK_SECONDS
     return (grpc.StatusCode.DEADLINE_EXCEEDED if has_expired else grpc.StatusCode.CANCELLED).name
+
+
+def _gone() -> asyncio.CancelledError:
+    """For a call whose caller is gone: gRPC takes it in silence, where its own exception would be logged as a bug."""
+    return asyncio.CancelledError()
 
 
 def _bug(error: BaseException) -> InternalError:
