@@ -15,6 +15,7 @@ Shape letters: T tokens of the step, R rows, H query heads, K key/value heads, D
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,10 +62,14 @@ def load_attention(name: str, dtype: torch.dtype, head_dim: int) -> AttentionBac
     if name == "auto":
         try:
             return _load("native", dtype, head_dim)
-        except ValueError:
+        except ValueError as reason:
+            # Slow, and torch's products do not keep a row's bits apart from the load's.
+            _logger.warning("attention runs on the slow reference, without the promise of equal bits: %s", reason)
             return _load("reference", dtype, head_dim)
     return _load(name, dtype, head_dim)
 
+
+_logger = logging.getLogger(__name__)
 
 _MODULES = {"native": "model.attention.native", "reference": "model.attention.reference"}
 
