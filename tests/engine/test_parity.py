@@ -1,0 +1,119 @@
+"""The whole engine against Hugging Face transformers, in float32: under load, in chunks, warm, short of memory.
+
+One undisturbed run of all prompts at once is checked against theirs; every other way must give the very same tokens.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import msgspec
+import pytest
+import torch
+
+from model.interface import Dtype, Runner, RunnerOptions, Sampling
+from model.runner import load_runner
+from service.config import BUILT_IN_MODEL
+from service.engine.engine import Engine, EngineOptions
+from tests.engine.ledger import Ledger, make_submit, run_to_end
+from tests.model.test_parity import NEAR_TIE, load_theirs, their_logits
+
+NUM_PROMPTS = 64
+NUM_NEW = 16
+CHUNKS = range(1, 65)
+RUNNER = RunnerOptions(str(BUILT_IN_MODEL), Dtype.FLOAT32, num_blocks=6000, max_num_seqs=NUM_PROMPTS, num_threads=2)
+
+Prompts = Sequence[list[int]]
+Tokens = dict[int, list[int]]
+
+
+@cache
+def loaded(options: RunnerOptions) -> Runner:
+    """One runner serves many engines, one after the other: an admission leaves nothing of a slot's past."""
+    return load_runner(options)[0]
+
+
+def run(
+    prompts: Prompts, runner: RunnerOptions = RUNNER, options: EngineOptions | None = None, num_new: int = NUM_NEW
+) -> Ledger:
+    """Gives an engine all prompts at once and runs it to the end."""
+    engine = Engine(loaded(runner), options or EngineOptions(prefix_cache=False))
+    ledger = Ledger()
+    submit_all(engine, prompts, num_new)
+    run_to_end(engine, ledger)
+    return ledger
+
+
+def submit_all(engine: Engine, prompts: Prompts, num_new: int = NUM_NEW) -> None:
+    for index, prompt in enumerate(prompts):
+        submit = make_submit(index, prompt, num_new, arrival=float(index), cache_root=b"root")
+        engine.submit(msgspec.structs.replace(submit, sampling=Sampling(temperature=0.0)))
+
+
+def random_prompts(num_prompts: int, longest: int) -> list[list[int]]:
+    rng = random.Random(5)
+    lengths = [1, longest, *(rng.randint(1, longest) for _ in range(num_prompts - 2))]
+    return [[rng.randrange(4, 4096) for _ in range(length)] for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return random_prompts(NUM_PROMPTS, 900)
+
+
+@pytest.fixture(scope="module")
+def expected(prompts: Prompts, native_attention: str) -> Tokens:
+    """What 64 requests in flight give; `test_64_requests_in_flight` holds it against theirs."""
+    ledger = run(prompts)
+    assert ledger.num_preempted == 0
+    return ledger.tokens
+
+
+def test_64_requests_in_flight(prompts: Prompts, expected: Tokens) -> None:
+    theirs = load_theirs(BUILT_IN_MODEL, torch.float32)
+    for index, prompt in enumerate(prompts):
+        output = expected[index]
+        logits_TV = their_logits(theirs, prompt + output[:-1])[len(prompt) - 1 :]
+        lead_T = logits_TV.max(-1).values - logits_TV[torch.arange(NUM_NEW), output]
+        assert lead_T.max() < NEAR_TIE, (len(prompt), output, logits_TV.argmax(-1).tolist())
+
+
+def test_alone(prompts: Prompts, expected: Tokens) -> None:
+    for index in range(0, NUM_PROMPTS, 7):
+        assert run([prompts[index]]).tokens[0] == expected[index]
+
+
+def test_every_chunk_size(native_attention: str) -> None:
+    some = random_prompts(5, 100)
+    whole = run(some).tokens
+    for chunk in CHUNKS:
+        options = EngineOptions(prefix_cache=False, max_prefill_chunk=chunk)
+        assert run(some, options=options).tokens == whole, chunk
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_every_chunk_size_with_all_prompts(prompts: Prompts, expected: Tokens, chunk: int) -> None:
+    assert run(prompts, options=EngineOptions(prefix_cache=False, max_prefill_chunk=chunk)).tokens == expected
+
+
+def test_warm_prefix_cache(prompts: Prompts, expected: Tokens) -> None:
+    engine, cold, warm = Engine(loaded(RUNNER), EngineOptions()), Ledger(), Ledger()
+    submit_all(engine, prompts)
+    run_to_end(engine, cold)
+    submit_all(engine, prompts)
+    run_to_end(engine, warm)
+    assert cold.tokens == warm.tokens == expected
+    for index, prompt in enumerate(prompts):
+        assert warm.starts[index].num_cached == (len(prompt) - 1) // RUNNER.block_size * RUNNER.block_size
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_hundreds_of_preemptions(native_attention: str, prefix_cache: bool) -> None:
+    some = random_prompts(NUM_PROMPTS, 3)
+    # Many short prompts that grow long: the sequences outgrow what they were admitted with again and again.
+    tight = replace(RUNNER, block_size=2, num_blocks=60)
+    ledger = run(some, tight, EngineOptions(prefix_cache=prefix_cache), num_new=100)
+    assert ledger.num_preempted >= 200
+    assert ledger.tokens == run(some, num_new=100).tokens
