@@ -69,9 +69,11 @@ loadtest: $(DEV) $(COMMAND) $(NATIVE) ## load a fresh server with locust; writes
 proto: $(DEV) ## regenerate the stubs in service/pb from proto/
 	@$(call stubs,.)
 
-# setuptools is what `quire` itself is installed with.
+# setuptools is what `quire` itself is installed with. torch is installed before the locks, in the build that suits the
+# machine, and stays out of them. (In pyproject.toml the override would make every `uv pip install torch` here do nothing.)
 COMPILE = echo 'setuptools>=77' | $(BIN)/uv pip compile pyproject.toml - --universal --python-version 3.11 \
-	--generate-hashes --no-annotate --custom-compile-command "make lock" --quiet
+	--override <(echo "torch ; python_version < '3'") --generate-hashes --no-annotate \
+	--custom-compile-command "make lock" --quiet
 lock: ## resolve both lock files again (needs uv in the environment; UPGRADE=--upgrade renews all versions)
 	@$(COMPILE) $(UPGRADE) -o requirements.lock
 	@$(COMPILE) $(UPGRADE) --extra dev -c requirements.lock -o requirements-dev.lock
