@@ -104,12 +104,13 @@ class Generations:
 
     def _end(self, generation: Generation, ticket: Ticket, error: BaseException | None) -> None:
         generation.leave()
+        was_scheduled = not ticket.is_waiting
         self._admission.leave(ticket)
         self._open.discard(generation)
         if not self._open:
             self._is_idle.set()
         verdict = _judge(generation, error)
-        self._metrics.on_ended(verdict.outcome, verdict.reason, was_scheduled=not ticket.is_waiting)
+        self._metrics.on_ended(verdict.outcome, verdict.reason, was_scheduled)
         if verdict.outcome is Outcome.OK:
             self._count_good_end(generation)
         _log_end(generation, verdict)

@@ -102,6 +102,24 @@ async def test_every_end_counts_once_and_every_scrape_adds_up(serve):
     assert codes == {"OK": 4, "CANCELLED": 4, "DEADLINE_EXCEEDED": 4}
 
 
+async def test_a_cancel_in_the_queue_leaves_the_queue(serve):
+    """Both gauges, not only their sum: the request never ran."""
+    served = await serve(FakeEngine(max_started=1, pause_at=1))
+    running = served.stub.StreamGenerate(stream_request(3))
+    await running.read()
+    queued = served.stub.StreamGenerate(stream_request(3))
+    await served.until(lambda: len(served.engine.sequences) == 2)
+    queued.cancel()
+    await served.until(lambda: served.front_end.generations.num_open == 1)
+    names = ("quire_num_requests_running", "quire_num_requests_waiting")
+    samples = await scrape(served)
+    assert [value(samples, name) for name in names] == [1, 0]
+    running.cancel()
+    await served.idle()
+    samples = await scrape(served)
+    assert [value(samples, name) for name in names] == [0, 0]
+
+
 async def test_hostile_names_make_no_series(serve):
     served = await serve()
     await served.stub.Generate(request(1))
