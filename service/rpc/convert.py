@@ -103,7 +103,7 @@ class Converter:
         )
 
     async def tokens(self, request: pb.TokenizeRequest) -> EncodedChat:
-        """Token ids of a text or a conversation; a plain text is not rendered."""
+        """Token ids of a text or a conversation that may be a prompt by its length; a plain text is not rendered."""
         violations = Violations()
         kind = request.WhichOneof("input")
         violations.require(kind is not None, "input", "exactly one of text and chat is required")
@@ -111,6 +111,8 @@ class Converter:
             _check_chat(request.chat, "chat", violations)
         violations.raise_any()
         self.check_model(request.model)
+        if self._model.is_known:  # the bound is the context's, of which nothing is known while the model is loaded
+            self._check_chars(len(request.text) + sum(len(message.content) for message in request.chat.messages))
         if kind == "chat":
             return await self._encode_chat(request.chat, "chat")
         return EncodedChat(await self._encode_text(request.text), "")

@@ -151,9 +151,12 @@ class ChatTemplate:
         return "".join(pieces)
 
     def _unused_mark(self, messages: Sequence[Message]) -> str:
-        """A character that neither the template nor any message holds."""
+        """A character that neither the template nor any message holds. Raises TemplateError when they hold them all."""
         taken = set(self._source).union(*(message.content for message in messages))
-        return next(chr(code) for code in PRIVATE_USE if chr(code) not in taken)
+        mark = next((chr(code) for code in PRIVATE_USE if chr(code) not in taken), None)
+        if mark is None:  # a StopIteration may not leave: no future takes one, so its caller would never be answered
+            raise TemplateError("the conversation holds every character that could mark a place in it")
+        return mark
 
 
 class _Refusal(jinja2.TemplateError):

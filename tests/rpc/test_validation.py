@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from service.engine.guard import is_sound
 from service.pb.quire.v1 import inference_pb2 as pb
+from service.text.chat import PRIVATE_USE
 from tests.rpc.conftest import failure_of, failure_of_stream
 from tests.rpc.fake_engine import FakeEngine, hello
 from tests.rpc.test_generate import spec
@@ -179,8 +180,13 @@ async def test_a_text_of_ten_megabytes_is_refused_without_tokenising(serve, toke
     served = await serve()
     monkeypatch.setattr(type(tokenizer), "encode", None)
     chat = pb.Chat(messages=[pb.ChatMessage(role=pb.ROLE_USER, content="a" * 10_000_000)])
-    for made in (spec(1, text="a" * 10_000_000), pb.GenerationSpec(chat=chat)):
-        failure = await refused(served, made)
+    for call in (
+        served.stub.Generate(pb.GenerateRequest(spec=spec(1, text="a" * 10_000_000))),
+        served.stub.Generate(pb.GenerateRequest(spec=pb.GenerationSpec(chat=chat))),
+        served.stub.Tokenize(pb.TokenizeRequest(text="a" * 10_000_000)),
+        served.stub.Tokenize(pb.TokenizeRequest(chat=chat)),
+    ):
+        failure = await failure_of(call)
         assert failure.reason == "CONTEXT_LENGTH_EXCEEDED"
         assert int(failure.metadata["promptTokens"]) * tokenizer.max_token_bytes >= 10_000_000
 
@@ -224,6 +230,14 @@ async def test_a_conversation_the_template_refuses(serve):
     failure = await refused(served, pb.GenerationSpec(chat=chat))
     assert list(failure.fields) == ["spec.chat.messages"]
     failure = await failure_of(served.stub.Tokenize(pb.TokenizeRequest(chat=chat)))
+    assert list(failure.fields) == ["chat.messages"]
+
+
+async def test_a_conversation_that_leaves_no_mark_is_refused_rather_than_never_answered(serve):
+    served = await serve(FakeEngine(greeting=hello(context_length=100_000, num_blocks=10_000)))
+    content = "".join(map(chr, PRIVATE_USE)) + "<|im_end|>"
+    chat = pb.Chat(messages=[pb.ChatMessage(role=pb.ROLE_USER, content=content)])
+    failure = await failure_of(served.stub.Tokenize(pb.TokenizeRequest(chat=chat), timeout=30))
     assert list(failure.fields) == ["chat.messages"]
 
 
