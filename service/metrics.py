@@ -284,6 +284,9 @@ class _Snapshot(Collector):
 
 
 class _SilentHandler(WSGIRequestHandler):
+    timeout = SCRAPE_SECONDS
+    """Whoever sends no request within this gives its thread and its descriptor back."""
+
     def log_message(self, format: str, *args: Any) -> None:
         """A scrape is no news."""
 
@@ -296,6 +299,9 @@ class Endpoint:
 
         class Server(ThreadingWSGIServer):
             address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """A scraper that leaves, or says nothing, is no news either."""
 
         self._server = make_server(host, port, make_wsgi_app(registry), Server, _SilentHandler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(CLOSE_SECONDS,), daemon=True)

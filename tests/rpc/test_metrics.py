@@ -2,11 +2,14 @@
 
 import asyncio
 import shutil
+import socket
+import struct
 import urllib.request
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service import metrics
 from service.engine.messages import StepStats
 from service.pb.quire.v1 import inference_pb2 as pb
 from tests.rpc.conftest import failure_of, rest_of
@@ -118,6 +121,33 @@ async def test_a_cancel_in_the_queue_leaves_the_queue(serve):
     await served.idle()
     samples = await scrape(served)
     assert [value(samples, name) for name in names] == [0, 0]
+
+
+async def test_who_leaves_the_queue_never_ran(serve):
+    served = await serve(FakeEngine(max_started=0), default_deadline_seconds=0.2)
+    cancelled = served.stub.Generate(request(1), timeout=60)
+    await served.until(lambda: len(served.engine.sequences) == 1)
+    cancelled.cancel()
+    assert (await failure_of(served.stub.Generate(request(1)))).reason == "DEADLINE_EXCEEDED"
+    await served.idle()
+    samples = await scrape(served)
+    assert value(samples, "quire_requests_accepted_total") == 2
+    assert value(samples, "quire_num_requests_waiting") == 0
+    assert value(samples, "quire_num_requests_running") == 0
+
+
+async def test_scrapers_that_say_nothing_or_leave_are_let_go_in_silence(serve, monkeypatch, capfd):
+    monkeypatch.setattr(metrics._SilentHandler, "timeout", 0.1)
+    served = await serve()
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.front_end.metrics_port)
+    writer.write(b"GET /met")
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()
+    with socket.create_connection(("127.0.0.1", served.front_end.metrics_port)) as leaver:
+        leaver.sendall(b"GET /metrics HTTP/1.1\r\n")
+        leaver.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
+    await scrape(served)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 async def test_hostile_names_make_no_series(serve):
