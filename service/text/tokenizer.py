@@ -71,7 +71,9 @@ class Tokenizer:
         `add_special_tokens` adds what the tokenizer's own post-processor adds, such as a <s> in front. A rendered chat
         carries its special tokens already: pass False.
         """
-        return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        # The library's `encode` holds the interpreter's lock for as long as it takes; a batch of one does not.
+        (encoding,) = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
 
     def decode(self, ids: Sequence[int], keep_special_tokens: bool = False) -> str:
         """Text of token ids; bytes that form no character become U+FFFD, ids of no token nothing."""

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,24 @@ def test_encodes_as_transformers_does(parts: list[str]) -> None:
     text = "".join(parts)
     assert DEFAULT.encode(text) == REFERENCE.encode(text)
     assert DEFAULT.encode(text, add_special_tokens=False) == REFERENCE.encode(text, add_special_tokens=False)
+
+
+def test_encoding_a_long_text_lets_other_threads_run() -> None:
+    """The front end tokenises long prompts in a thread so that its event loop turns meanwhile."""
+    begin = threading.Event()
+
+    def encode() -> None:
+        begin.wait()
+        DEFAULT.encode("hello world " * 50_000)
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    begin.set()
+    num_turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        num_turns += 1
+    assert num_turns > 10, "the interpreter's lock was held"
 
 
 @settings(max_examples=200, deadline=None)
