@@ -137,12 +137,12 @@ class Generation:
         queue_seconds = max(start.scheduled_at - self.request.arrival, 0.0)
         self._metrics.on_scheduled(queue_seconds, len(self.request.token_ids), start.num_cached)
 
-    def on_token(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
+    def on_token(self, token_id: int, logprobs: TokenLogprobs | None, preemptions: int) -> None:
         """A token was drawn. A failure in handling it is this generation's alone."""
         if self._has_left or self._end is not None:
             return
         try:
-            self._take(token_id, logprobs)
+            self._take(token_id, logprobs, preemptions)
         except Exception as error:
             self.fail(error)
 
@@ -225,7 +225,7 @@ class Generation:
             self._cancelled_at = time.monotonic()
             self._cancel(self.sequence_id)
 
-    def _take(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
+    def _take(self, token_id: int, logprobs: TokenLogprobs | None, preemptions: int) -> None:
         """Puts a token into the mailbox, and ends everything when it completes a stop string."""
         self._note_time()
         self.num_tokens += 1
@@ -235,7 +235,7 @@ class Generation:
             text, matched = self._text.push(token_id)
             self._mailbox.put_text(text)
             if matched is not None:
-                self._end_with(self._finish(EndReason.STOP, matched))
+                self._end_with(self._finish(EndReason.STOP, matched, preemptions))
                 self._cancel_in_engine()
         self._has_news.set()
 
@@ -266,7 +266,7 @@ class Generation:
             return self._finish(EndReason.STOP, self._last_token_id, preemptions)
         return self._finish(self.request.length_reason, None, preemptions)
 
-    def _finish(self, reason: EndReason, stop: int | str | None, preemptions: int = 0) -> Finish:
+    def _finish(self, reason: EndReason, stop: int | str | None, preemptions: int) -> Finish:
         arrival = self.request.arrival
         assert self.scheduled_at is not None, "a good end before the start"
         assert self.first_token_at is not None, "a good end without a token"

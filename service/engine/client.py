@@ -41,8 +41,8 @@ class SequenceListener(Protocol):
     def on_start(self, start: Start) -> None:
         """It was scheduled for the first time."""
 
-    def on_token(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """A token was drawn; an end token too."""
+    def on_token(self, token_id: int, logprobs: TokenLogprobs | None, preemptions: int) -> None:
+        """A token was drawn; an end token too. The sequence has been preempted so many times by now."""
 
     def on_finish(self, code: FinishCode, preemptions: int) -> None:
         """It ended, after having been preempted so many times."""
@@ -66,6 +66,11 @@ class OpenSequence:
     """In the present engine."""
     num_preemptions_before: int = 0
     """In engines that were lost."""
+
+    @property
+    def all_preemptions(self) -> int:
+        """How often the sequence was preempted, in whichever engine."""
+        return self.num_preemptions_before + self.num_preemptions
 
     def resubmit(self) -> Submit:
         """The sequence as it stands, for an engine that does not know it."""
@@ -183,16 +188,15 @@ class EngineClient:
             entry.num_preemptions = report.preemptions[index]
             if (token_id := report.token_ids[index]) != NO_TOKEN:
                 entry.token_ids.append(token_id)
-                self._tell(
-                    entry, entry.listener.on_token, token_id, report.logprobs[index] if report.logprobs else None
-                )
+                logprobs = report.logprobs[index] if report.logprobs else None
+                self._tell(entry, entry.listener.on_token, token_id, logprobs, entry.all_preemptions)
             if report.finishes[index]:
                 self._finish(entry, FinishCode(report.finishes[index]))
         self._on_stats(report.stats)
 
     def _finish(self, entry: OpenSequence, code: FinishCode) -> None:
         if self._open.pop(entry.submit.id, None) is not None:
-            self._tell(entry, entry.listener.on_finish, code, entry.num_preemptions_before + entry.num_preemptions)
+            self._tell(entry, entry.listener.on_finish, code, entry.all_preemptions)
 
     def _lose(self, entry: OpenSequence) -> None:
         if self._open.pop(entry.submit.id, None) is not None:

@@ -60,7 +60,7 @@ class Recorder:
         assert not self.ended.done()
         self.starts.append(start)
 
-    def on_token(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
+    def on_token(self, token_id: int, logprobs: TokenLogprobs | None, preemptions: int) -> None:
         assert not self.ended.done(), "a token after the end"
         self.token_ids.append(token_id)
         self.logprobs.append(logprobs)

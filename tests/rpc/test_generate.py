@@ -196,6 +196,15 @@ async def test_cached_tokens_preemptions_and_cache_options_pass_through(serve):
     assert [submit.limits.priority for submit in served.engine.submitted] == [0, -7]
 
 
+async def test_a_stop_string_ends_with_the_preemptions_so_far(serve, tokenizer):
+    served = await serve(FakeEngine(script=tokenizer.encode(TEXT), preemptions=3))
+    made = spec(100)
+    made.stop.stop_strings.append("list")
+    answer = await served.stub.Generate(pb.GenerateRequest(spec=made))
+    assert answer.finished.stop_match.stop_string == "list"
+    assert answer.finished.usage.preemptions == 3
+
+
 async def test_chat_is_rendered_through_the_template(serve, tokenizer):
     served = await serve()
     chat = pb.Chat(messages=[pb.ChatMessage(role=pb.ROLE_USER, content="hi")])
