@@ -115,6 +115,8 @@ class Supervisor:
             if self._num_signals == 0 and code != EXIT_USER_MISTAKE:
                 log.error("the front end ended by itself, exit code %d", code)
                 return 1
+            if code == -signal.SIGTERM:
+                return 0  # it was told to end before it could listen: it had no callers yet
             return code if code >= 0 else 1
         finally:
             self._front_end.end()

@@ -27,11 +27,13 @@ def main(variable: str) -> None:
         nonlocal num_terms
         num_terms += 1
 
-    signal.signal(signal.SIGTERM, on_term)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if behaviour == "loading" else on_term)
     if behaviour == "mistake":
         sys.exit(2)
     if behaviour == "crash":
         sys.exit(1)
+    if behaviour == "loading":
+        time.sleep(60)
     beat(fd, b"R")
     if behaviour == "silent":
         time.sleep(60)

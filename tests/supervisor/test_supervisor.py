@@ -69,6 +69,11 @@ def test_drains_on_the_first_signal_and_leaves_no_process(run: Run, record: Path
     assert len(pids(record, "FAKE")) == 2
 
 
+def test_a_signal_before_the_front_end_listens_ends_it_well(run: Run, record: Path) -> None:
+    assert run("loading", "loading", lambda: both_started(record), signals=1) == 0
+    assert all(is_gone(pid) for pid in pids(record, "FAKE"))
+
+
 def test_passes_the_second_signal_on(run: Run, record: Path) -> None:
     assert run("serve", "slow drain", lambda: both_started(record), signals=2) == 0
 
