@@ -63,11 +63,6 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
 
-    @property
-    def qkv_size(self) -> int:
-        """Rows of the merged query, key and value projection."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
     def kv_bytes_per_token(self, dtype: Dtype) -> int:
         """Bytes of cache that one position takes over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes(dtype)
@@ -92,18 +87,21 @@ def load_config(model_dir: Path) -> ModelConfig:
     return replace(
         config,
         eos_token_ids=_read_eos_token_ids(ends_source, config.vocab_size),
-        generation=_read_generation(generation),
+        generation=_read_generation(generation, config.vocab_size),
     )
 
 
-def _read_generation(fields: Fields) -> GenerationDefaults:
-    """`do_sample: false` means greedy, whatever temperature stands beside it."""
+def _read_generation(fields: Fields, vocab_size: int) -> GenerationDefaults:
+    """`do_sample: false` means greedy, whatever temperature stands beside it.
+
+    What is accepted here must be accepted of a caller, too: requests that leave a field unset take these values.
+    """
     is_greedy = not fields.flag("do_sample", True)
     return GenerationDefaults(
         temperature=0.0 if is_greedy else fields.number("temperature", 1.0, maximum=100.0),
-        top_k=0 if fields.get("top_k") in (None, 0, -1) else fields.count("top_k"),
+        top_k=0 if fields.get("top_k") in (None, 0, -1) else min(fields.count("top_k"), vocab_size),
         top_p=fields.number("top_p", 1.0, minimum=1e-6, maximum=1.0),
-        repetition_penalty=fields.number("repetition_penalty", 1.0, minimum=1e-6, maximum=100.0),
+        repetition_penalty=fields.number("repetition_penalty", 1.0, minimum=1e-6, maximum=10.0),
         max_tokens=fields.count("max_new_tokens") if "max_new_tokens" in fields else None,
     )
 

@@ -34,7 +34,6 @@ def write(directory: Path, generation: dict[str, Any] | None = None, **changes: 
 def test_default_model() -> None:
     config = load_config(DEFAULT_MODEL)
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (4, 3, 1, 64)
-    assert config.qkv_size == 320
     assert config.eos_token_ids == (0, 2)
     assert config.dtype is Dtype.BFLOAT16
     assert config.rope == Rope(10_000.0)
@@ -140,6 +139,10 @@ def test_generation_defaults(tmp_path: Path) -> None:
     assert config.generation == GenerationDefaults(0.3, 20, 0.9, 1.1, 77)
 
 
+def test_a_top_k_beyond_the_vocabulary_keeps_all_of_it(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, {"top_k": 50}, vocab_size=32)).generation.top_k == 32
+
+
 def test_no_sampling_means_greedy(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, {"do_sample": False, "temperature": 0.7}))
     assert config.generation.temperature == 0
@@ -150,7 +153,17 @@ def test_generation_overrides_ends(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, {"eos_token_id": None}, eos_token_id=2)).eos_token_ids == (2,)
 
 
-@pytest.mark.parametrize(("key", "value"), [("temperature", -1), ("top_p", 0), ("top_k", -5), ("max_new_tokens", 0)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -1),
+        ("temperature", 101),
+        ("top_p", 0),
+        ("top_k", -5),
+        ("repetition_penalty", 11),
+        ("max_new_tokens", 0),
+    ],
+)
 def test_bad_generation_defaults(tmp_path: Path, key: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"^generation_config\.json: {key}: expected"):
         load_config(write(tmp_path, {key: value}))
