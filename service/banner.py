@@ -12,7 +12,6 @@ from service.config import Settings, is_loopback
 from service.engine.messages import Hello
 
 WILDCARDS = ("0.0.0.0", "::", "[::]")
-DEFAULT_PORT = 50051
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,8 @@ def _commands(settings: Settings, address: str, has_chat: bool) -> tuple[str, ..
     host, _, port = address.rpartition(":")
     if host in WILDCARDS:
         host = "127.0.0.1"
-    where = "" if is_loopback(host) and int(port) == DEFAULT_PORT else f" --address {host}:{port}"
+    is_default = is_loopback(host) and int(port) == Settings.model_fields["port"].default
+    where = "" if is_default else f" --address {host}:{port}"
     quire = _executable()
     commands = [f"{quire} generate{where} {shlex.quote('def binary_search(')}"]
     if has_chat:

@@ -1,13 +1,15 @@
 """What a person does first: complete code, ask a question, look at the server."""
 
 import json
+import shlex
+import subprocess
 
 import pytest
 
 from service.client.blocking import BlockingClient
 from service.client.errors import QuireClientError
 from service.client.types import Delta, Finished, FinishReason, Message, Started
-from tests.e2e.server import Server, run_cli
+from tests.e2e.server import ROOT, Server, run_cli
 
 
 def test_completes_code_as_a_stream(server: Server) -> None:
@@ -61,7 +63,10 @@ def test_banner_holds_a_command_that_works(server: Server) -> None:
     banner = server.log.read_text()
     assert f"127.0.0.1:{server.port}" in banner
     (line,) = [line.strip() for line in banner.splitlines() if " generate " in line]
-    assert "def binary_search(" in line
+    command = shlex.split(line)
+    done = subprocess.run([*command, "--max-tokens", "4"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 @pytest.mark.parametrize("prompt", ["", "x" * 10_000_000, [0] * 2000, [4096], []])
