@@ -52,7 +52,7 @@ def outside(names: set[str], *allowed: str) -> set[str]:
 def test_torch_lives_in_model_only():
     found = importers("torch", "model", "service", "loadtest")
     assert found, "the reader finds imports"
-    assert not outside(found, "model/", "loadtest/bench")
+    assert not outside(found, "model/")
     assert not found & {"model/interface.py", "model/config.py", "model/info.py"}
 
 
@@ -61,6 +61,20 @@ def test_grpc_lives_at_the_door_and_in_the_client():
     found |= importers("grpc_health", "model", "service") | importers("grpc_reflection", "model", "service")
     assert "service/rpc/listener.py" in found
     assert not outside(found, "service/rpc/", "service/server.py", "service/client/")
+
+
+def test_only_the_composition_root_knows_the_door():
+    assert not outside(importers("service.rpc", "model", "service", "loadtest"), "service/rpc/", "service/server.py")
+    assert importers("service.server", "model", "service", "loadtest") == set()
+
+
+def test_the_client_knows_no_server():
+    """Nor does the server use the client."""
+    for path in sources("service/client"):
+        ours = {name for name in imports_of(path) if name.startswith(("service.", "model"))}
+        assert all(name.startswith(("service.client", "service.pb")) for name in ours), f"{name_of(path)}: {ours}"
+    users = importers("service.client", "model", "service")
+    assert not outside(users, "service/client/", "service/cli/")
 
 
 def test_stubs_are_used_at_the_door_and_in_the_client():
