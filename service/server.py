@@ -136,7 +136,8 @@ class FrontEnd:
         self._health.set(PROCESS, False)
         self._health.set(READINESS, False)
         self.metrics.engine.on_draining()
-        log.info("draining", extra=logs.with_fields(open_requests=self.generations.num_open))
+        if self.model.is_known:  # a server that never served has one thing to say: why
+            log.info("draining", extra=logs.with_fields(open_requests=self.generations.num_open))
         await self._wait(self._skipping.wait(), self.settings.lame_duck_seconds)
         self._admission.drain()
         await self._wait(self.generations.wait_idle(), self.settings.drain_seconds)

@@ -15,7 +15,7 @@ def refused(*flags: str) -> str:
     """The one line that `quire serve` ends with."""
     done = run_cli("serve", "--port", str(free_port()), "--metrics-port", str(free_port()), *flags)
     assert done.returncode == 2, done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if not line.startswith(("usage:", " ", "{"))]
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(("usage:", " "))]
     assert len(lines) == 1, done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     return lines[0]
