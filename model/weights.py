@@ -21,7 +21,13 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total)."""
 
 READ_BYTES = 16 * 2**20
-HASHED_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+HASHED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 """Besides the weights, what decides a model's answers; absent ones count as absent."""
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

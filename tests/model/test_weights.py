@@ -97,10 +97,10 @@ def test_digest_names_everything_that_decides_an_answer(directory: Path, tmp_pat
     seen = {digest}
     edit(directory, add_one)
     seen.add(load(directory).digest)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         (directory / name).write_text("{}")
         seen.add(load(directory).digest)
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 def test_harmless_extras_are_left_out_and_told(tmp_path: Path) -> None:
