@@ -12,14 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from service.engine.messages import StepStats
-from service.errors import DeadlineUnreachable, QueueFull, QuireError, ServerDraining, ServerStarting
+from service.errors import (
+    UNMEASURED_RETRY_SECONDS,
+    DeadlineUnreachable,
+    QueueFull,
+    QuireError,
+    ServerDraining,
+    ServerStarting,
+)
 
 NUM_MEASURED_STARTS = 64
 """The drain rate is the mean of this many latest starts."""
 MIN_RETRY_SECONDS = 0.1
 MAX_RETRY_SECONDS = 30.0
-UNMEASURED_RETRY_SECONDS = 1.0
-"""Retry hint while nothing was measured yet: at start, while draining, after an engine was lost."""
 RATE_WINDOW_SECONDS = 5.0
 
 

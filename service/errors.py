@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+UNMEASURED_RETRY_SECONDS = 1.0
+"""Retry hint where no measurement gives one: at start, while draining, after an engine was lost."""
+
 
 class Code(StrEnum):
     """gRPC status codes in use, by name."""

@@ -17,12 +17,10 @@ from enum import StrEnum
 
 from model.interface import Sampling, TokenLogprobs
 from service.engine.messages import NO_TOKEN, FinishCode, Limits, Start, Submit
-from service.errors import DeadlineExceeded, EngineLost, NonFiniteLogits
+from service.errors import UNMEASURED_RETRY_SECONDS, DeadlineExceeded, EngineLost, NonFiniteLogits
 from service.metrics import RequestMetrics
 from service.output import Delta, Mailbox, TextStream
 from service.text.tokenizer import Tokenizer
-
-LOST_RETRY_SECONDS = 1.0
 
 
 class EndReason(StrEnum):
@@ -163,7 +161,7 @@ class Generation:
         self._is_in_engine = False
         if not self._has_left and self._end is None:
             metadata = {"generatedTokens": self.num_tokens}
-            self._end_with(EngineLost(metadata=metadata, retry_after_seconds=LOST_RETRY_SECONDS))
+            self._end_with(EngineLost(metadata=metadata, retry_after_seconds=UNMEASURED_RETRY_SECONDS))
 
     # What the caller's side does.
 

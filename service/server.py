@@ -20,11 +20,11 @@ from typing import Any, Protocol
 import uvloop
 
 from service import banner, logs
-from service.admission import UNMEASURED_RETRY_SECONDS, Admission
+from service.admission import Admission
 from service.config import Settings
 from service.engine.client import EngineClient
 from service.engine.messages import Hello, StepStats
-from service.errors import ServerDraining, StartupError
+from service.errors import UNMEASURED_RETRY_SECONDS, ServerDraining, StartupError
 from service.generations import Engine, Generations
 from service.heartbeat import Heartbeat
 from service.metrics import Metrics

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from model.interface import ModelFacts, RunnerShape
 from service.engine.messages import Hello
-from service.errors import ServerStarting
+from service.errors import UNMEASURED_RETRY_SECONDS, ServerStarting
 from service.text.chat import ChatTemplate
 from service.text.tokenizer import Tokenizer
-
-STARTING_RETRY_SECONDS = 1.0
 
 
 class ServedModel:
@@ -54,5 +52,5 @@ class ServedModel:
 
     def _known(self) -> Hello:
         if self._hello is None:
-            raise ServerStarting(retry_after_seconds=STARTING_RETRY_SECONDS)
+            raise ServerStarting(retry_after_seconds=UNMEASURED_RETRY_SECONDS)
         return self._hello
