@@ -1,6 +1,6 @@
 """Tells the supervisor that this process' event loop turns, and notices when there is no supervisor any more.
 
-The pipe's protocol is service/supervisor.py's: b"R" when ready, a byte now and then while alive.
+The bytes and their pace are the engine's heartbeat's (service/engine/heartbeat.py), which this is for an event loop.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 
-PERIOD_SECONDS = 0.25
+from service.engine.heartbeat import ALIVE, BEAT_SECONDS, READY
 
 
 class Heartbeat:
@@ -24,14 +24,14 @@ class Heartbeat:
 
     def ready(self) -> None:
         """The server serves. From now on silence means trouble."""
-        self._write(b"R")
+        self._write(READY)
 
     async def run(self) -> None:
         """Beats until it is cancelled, or until there is no supervisor."""
-        while self._write(b"."):
+        while self._write(ALIVE):
             began = time.monotonic()
-            await asyncio.sleep(PERIOD_SECONDS)
-            self._on_lag(max(time.monotonic() - began - PERIOD_SECONDS, 0.0))
+            await asyncio.sleep(BEAT_SECONDS)
+            self._on_lag(max(time.monotonic() - began - BEAT_SECONDS, 0.0))
         self._on_orphaned()
 
     def _write(self, beat: bytes) -> bool:

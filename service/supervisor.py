@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from service.config import Settings
+from service.engine.heartbeat import READY
 
 log = logging.getLogger("quire.supervisor")
 
@@ -51,7 +52,7 @@ class Child:
         beats = os.read(self.heartbeat, 4096)
         if beats:
             self.last_beat = now
-            self.is_ready = self.is_ready or b"R" in beats
+            self.is_ready = self.is_ready or READY in beats
         return bool(beats)
 
     def silent_seconds(self, now: float) -> float:

@@ -17,7 +17,7 @@ import tokenizers
 from service.errors import StartupError
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f+][0-9A-Fa-f]>")
-"""What the ByteFallback decoder reads as one byte."""
+"""What the ByteFallback decoder reads as one byte; to Rust, which parses the digits, "+F" is a number, too."""
 
 LOCAL_DECODERS = frozenset({"BPEDecoder", "ByteFallback", "Metaspace", "Replace", "Strip", "WordPiece"})
 """Decoder steps in which a token's text depends on no other token than the one before it, runs of byte tokens aside."""

@@ -1,6 +1,7 @@
 """What the door refuses, and that it tells everything at once, whatever the numbers, names and sizes."""
 
 import math
+from pathlib import Path
 
 import grpc
 import pytest
@@ -10,11 +11,14 @@ from hypothesis import strategies as st
 
 from service.engine.guard import is_sound
 from service.pb.quire.v1 import inference_pb2 as pb
+from service.rpc import convert
 from service.text.chat import PRIVATE_USE
 from tests.rpc.conftest import failure_of, failure_of_stream
 from tests.rpc.fake_engine import FakeEngine, hello
 from tests.rpc.test_generate import spec
 
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLING = convert.SAMPLING_RANGES
 HOSTILE_FLOATS = [math.nan, math.inf, -math.inf, -1e-9, -1.0, 3.4e38, -3.4e38]
 BAD_FLOATS = {
     "temperature": [*HOSTILE_FLOATS, 100.01],
@@ -24,6 +28,28 @@ BAD_FLOATS = {
     "presence_penalty": [math.nan, math.inf, -math.inf, 2.01, -2.01],
     "frequency_penalty": [math.nan, math.inf, -math.inf, 2.01, -2.01],
 }
+
+
+def test_the_contract_states_the_limits_that_the_door_enforces():
+    contract = " ".join((ROOT / "proto/quire/v1/inference.proto").read_text().replace("//", " ").split())
+    for stated in (
+        f"At most {convert.MAX_LOGIT_BIAS:,} entries",
+        f"1 to {convert.MAX_MESSAGES:,} messages",
+        f"At most {convert.MAX_STOP_STRINGS}, each of 1 to {convert.MAX_STOP_STRING_CHARS} characters",
+        f"At most {convert.MAX_STOP_TOKEN_IDS}, each in [0, vocab_size)",
+        f"Range [0, {convert.MAX_TOP_LOGPROBS}]; 0 returns",
+        f"At most {convert.MAX_SALT_BYTES} bytes of UTF-8",
+        f"At most {convert.MAX_LABEL_CHARS} characters, printable",
+        f"Divides the logits. 0 is greedy: the most likely token, no randomness. Range {SAMPLING['temperature']}",
+        f"probabilities sum to at least this. Range {SAMPLING['top_p']}",
+        f"as likely as the most likely one. Range {SAMPLING['min_p']}",
+        f"every token in prompt or output. Range {SAMPLING['repetition_penalty']}",
+        f"every token that the output already holds. Range {SAMPLING['presence_penalty']}",
+        f"once per occurrence of the token in the output. Range {SAMPLING['frequency_penalty']}",
+        f"What is added to its logit. Range {convert.BIAS}",
+        f"then the earlier arrival. Range {convert.PRIORITY}",
+    ):
+        assert stated in contract, stated
 
 
 async def refused(served, made: pb.GenerationSpec):
