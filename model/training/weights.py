@@ -15,6 +15,9 @@ from model.training.network import NORM_EPSILON, ROPE_THETA, Network, Shape
 from model.training.tokens import CHAT_TEMPLATE, END, END_OF_TEXT, END_OF_TEXT_ID, PAD, PAD_ID, STOP_IDS
 
 ENDS = {"bos_token_id": END_OF_TEXT_ID, "eos_token_id": list(STOP_IDS), "pad_token_id": PAD_ID}
+READABLE_BY_ALL = 0o644
+"""Mode of the weights file; the writer of safetensors makes it private, and a server may run as another user."""
+
 MAX_POSITIONS = 1_024
 """Declared length of a sequence. Training rows are shorter; rotary positions carry a little beyond them."""
 
@@ -28,6 +31,7 @@ def save(network: Network, shape: Shape, tokenizer: Path, folder: Path) -> None:
     tensors = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in network.state_dict().items()}
     unfinished = folder / "model.safetensors.unfinished"
     save_file(tensors, unfinished, metadata={"format": "pt"})
+    unfinished.chmod(READABLE_BY_ALL)
     os.replace(unfinished, folder / "model.safetensors")
 
 
