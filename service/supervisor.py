@@ -25,6 +25,7 @@ from pathlib import Path
 
 from service.config import Settings
 from service.engine.heartbeat import READY
+from service.errors import StartupError
 
 log = logging.getLogger("quire.supervisor")
 
@@ -35,6 +36,8 @@ RESTART_WINDOW_SECONDS = 300.0
 KILL_MARGIN_SECONDS = 10.0
 """Time beyond lame duck and drain after which a front end that does not end is killed."""
 WATCH_SECONDS = 0.25
+MAX_SOCKET_PATH_BYTES = 103
+"""What the path of a unix socket may have on every system (Linux takes 107)."""
 
 
 @dataclass
@@ -91,7 +94,7 @@ class Supervisor:
 
     def __init__(self, settings: Settings, directory: Path, signals: socket.socket) -> None:
         self._settings = settings
-        self._socket_path = directory / "engine.sock"
+        self._socket_path = _socket_path(directory)
         self._signals = signals
         self._selector = selectors.DefaultSelector()
         self._selector.register(signals, selectors.EVENT_READ)
@@ -196,6 +199,13 @@ class Supervisor:
         return EXIT_USER_MISTAKE if code == EXIT_USER_MISTAKE else 1
 
 
+def _socket_path(directory: Path) -> Path:
+    path = directory / "engine.sock"
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise StartupError(f"TMPDIR: {directory.parent} is too long a name for a unix socket in it")
+    return path
+
+
 @contextmanager
 def _caught_signals() -> Iterator[socket.socket]:
     """SIGTERM and SIGINT become bytes on a socket; everything is put back at the end."""
@@ -216,7 +226,10 @@ def _caught_signals() -> Iterator[socket.socket]:
 
 
 def run(settings: Settings) -> int:
-    """Serves until told to stop. Returns the exit code: 0 after a drain, 2 for a user's mistake, 1 for a failure."""
+    """Serves until told to stop. Returns the exit code: 0 after a drain, 2 for a user's mistake, 1 for a failure.
+
+    Raises StartupError when the directory for temporary files cannot hold a socket.
+    """
     # The directory is private (mode 0700): whoever reaches the socket in it speaks to the engine.
     with _caught_signals() as signals, tempfile.TemporaryDirectory(prefix="quire-") as directory:
         return Supervisor(settings, Path(directory), signals).run()

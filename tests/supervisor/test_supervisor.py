@@ -11,6 +11,7 @@ import pytest
 
 from service import supervisor
 from service.config import Settings
+from service.errors import StartupError
 
 Run = Callable[..., int]
 
@@ -102,6 +103,15 @@ def test_kills_and_restarts_a_silent_engine(run: Run, record: Path) -> None:
 def test_a_users_mistake_ends_everything_with_exit_code_2(run: Run, record: Path, engine: str, front_end: str) -> None:
     assert run(engine, front_end) == 2
     assert all(is_gone(pid) for pid in pids(record, "FAKE"))
+
+
+def test_a_directory_whose_name_no_socket_can_have(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    directory = tmp_path / ("x" * 100)
+    directory.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(directory))
+    with pytest.raises(StartupError, match=r"^TMPDIR: .* is too long"):
+        run("serve", "serve")
+    assert not list(directory.iterdir())
 
 
 def test_a_front_end_that_ends_by_itself_is_a_failure(run: Run, record: Path) -> None:
