@@ -1,6 +1,7 @@
 """Matrix products whose bits do not depend on the load: a row's result is the same alone and among any others.
 
-A library picks its kernel by the number of rows, and kernels add up in different orders. So each backend is asked, on
+The compiled backend "native" adds up each result in one fixed order, so that it holds by construction. The others are
+a library's: that picks its kernel by the number of rows, and kernels add up in different orders. So each is asked, on
 this machine and for each shape, from which multiple of rows on all its answers agree; calls are then padded with zero
 rows to that multiple. Where no multiple agrees, the rows go through in tiles of one fixed size, which is slower.
 
@@ -12,10 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from model.linear_native import NativeLinears
 
 Product = Callable[[Tensor], Tensor]
 """x [M, I] to x W^T + b [M, O], same dtype, for a weight and bias that it holds."""
@@ -49,15 +53,29 @@ class RowRule:
         return -(-num_rows // multiple) * multiple
 
 
-class Linear:
-    """One matrix, and the row rule that makes its bits independent of the load."""
+class Linear(Protocol):
+    """One matrix, packed."""
+
+    def __call__(self, x_MI: Tensor, residual_MO: Tensor | None = None) -> Tensor:
+        """residual + (x W^T + b) for M >= 1 rows: [M, O]; the product is rounded to the dtype before it is added.
+
+        Both must be contiguous; the input from the start of its storage.
+        """
+
+
+class RuledLinear:
+    """A product of a library, and the row rule that makes its bits independent of the load."""
 
     def __init__(self, product: Product, rule: RowRule) -> None:
         self._product = product
         self._rule = rule
 
-    def __call__(self, x_MI: Tensor) -> Tensor:
-        """x W^T + b for M >= 1 rows: [M, O]. The input must be contiguous from the start of its storage."""
+    def __call__(self, x_MI: Tensor, residual_MO: Tensor | None = None) -> Tensor:
+        """See Linear."""
+        y_MO = self._multiply(x_MI)
+        return y_MO if residual_MO is None else residual_MO + y_MO
+
+    def _multiply(self, x_MI: Tensor) -> Tensor:
         num_rows = x_MI.shape[0]
         num_padded = self._rule.padded(num_rows)
         if num_padded != num_rows:
@@ -72,24 +90,34 @@ class LinearPacker:
     """Makes the linears of one backend; tests each shape once and remembers the rule that held."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
-        """Takes "onednn" (prepacked), "plain", or "auto". Raises ValueError when unknown or not available here."""
-        if name == "auto":
-            name = "onednn" if dtype is torch.bfloat16 and _has_onednn(dtype) else "plain"
-        if name not in _BACKENDS:
-            raise ValueError(f"unknown linear backend {name!r}: expected one of {['auto', *_BACKENDS]}")
+        """Takes "native" (compiled), "onednn" (prepacked), "plain", or "auto": the first that works for this dtype.
+
+        Raises ValueError when the name is unknown, or the backend is not available here.
+        """
+        self._native: NativeLinears | None = None
+        if name in ("auto", "native"):
+            try:
+                self._native, name = NativeLinears(dtype), "native"
+            except ValueError:
+                if name == "native":
+                    raise
+                name = "onednn" if dtype is torch.bfloat16 and _has_onednn(dtype) else "plain"
+        elif name not in _LIBRARIES:
+            raise ValueError(f"unknown linear backend {name!r}: expected one of {['auto', 'native', *_LIBRARIES]}")
         if name == "onednn" and not _has_onednn(dtype):
             raise ValueError(f"linear backend 'onednn' does not compute {dtype} on this machine")
         self.name = name
-        self._pack = _BACKENDS[name]
         self._rules: dict[tuple[int, int, bool], RowRule] = {}
 
     def pack(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
         """Packs one matrix. The weight may be released afterwards."""
-        product = self._pack(weight_OI, bias_O)
+        if self._native is not None:
+            return self._native.pack(weight_OI, bias_O)
+        product = _LIBRARIES[self.name](weight_OI, bias_O)
         key = (*weight_OI.shape, bias_O is not None)
         if key not in self._rules:
             self._rules[key] = find_rule(product, weight_OI, bias_O)
-        return Linear(product, self._rules[key])
+        return RuledLinear(product, self._rules[key])
 
     @property
     def num_tiled(self) -> int:
@@ -102,7 +130,7 @@ def find_rule(product: Product, weight_OI: Tensor, bias_O: Tensor | None = None)
     affordable = int(TEST_FLOPS / (2 * weight_OI.numel()))
     x_MI = cancelling_rows(weight_OI, bias_O, max(TILE_ROWS, min(TEST_ROWS, affordable)))
     for rule in _candidates():
-        if holds(Linear(product, rule), x_MI):
+        if holds(RuledLinear(product, rule), x_MI):
             return rule
     return RowRule(multiple=1, tile=1)  # One row at a time holds by construction: there is one shape only.
 
@@ -170,4 +198,4 @@ def _pack_plain(weight_OI: Tensor, bias_O: Tensor | None) -> Product:
     return lambda x_MI: functional.linear(x_MI, weight_OI, bias_O)
 
 
-_BACKENDS: dict[str, Callable[[Tensor, Tensor | None], Product]] = {"onednn": _pack_onednn, "plain": _pack_plain}
+_LIBRARIES: dict[str, Callable[[Tensor, Tensor | None], Product]] = {"onednn": _pack_onednn, "plain": _pack_plain}

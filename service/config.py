@@ -47,8 +47,8 @@ class Settings(BaseModel):
     """Precision; auto is the checkpoint's own (bfloat16 for float16 checkpoints)."""
     attention: Literal["auto", "native", "reference"] = "auto"
     """Attention backend; auto is the compiled one where it was built."""
-    linear: Literal["auto", "onednn", "plain"] = "auto"
-    """Matrix products; auto is prepacked oneDNN for bfloat16, plain for float32."""
+    linear: Literal["auto", "native", "onednn", "plain"] = "auto"
+    """Matrix products; auto is the compiled one where it was built, else oneDNN for bfloat16, plain for float32."""
     threads: int | None = Field(None, ge=1, le=1024)
     """Compute threads; default: the CPUs this process may use."""
     context_length: int | None = Field(None, ge=2)

@@ -43,10 +43,6 @@ typedef struct {
     float maxima[MAX_QUERIES], sums[MAX_QUERIES];
 } Scratch;
 
-INLINE int min_int(int a, int b) { return a < b ? a : b; }
-
-INLINE int max_int(int a, int b) { return a > b ? a : b; }
-
 // Positions of the key tile at `start` that query r sees.
 INLINE int visible_in_tile(const Item *item, int r, int start) {
     return max_int(0, min_int(KEY_TILE, item->first_visible + r / item->num_heads - start));

@@ -24,6 +24,10 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+INLINE int min_int(int a, int b) { return a < b ? a : b; }
+
+INLINE int max_int(int a, int b) { return a > b ? a : b; }
+
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -118,6 +122,18 @@ INLINE vec load_bf16(const uint16_t *p) {
     half_words halves;
     memcpy(&halves, p, sizeof halves);
     return (vec)(__builtin_convertvector(halves, uvec) << 16);
+}
+
+// Each lane as float_to_bf16 rounds it, in the word's high half.
+INLINE vec round_bf16(vec v) {
+    const uvec bits = (uvec)v;
+    const uvec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    return select_lanes(v == v, (vec)rounded, (vec)splat_word(0x7fc00000u));
+}
+
+INLINE void store_bf16(uint16_t *p, vec v) {
+    const half_words halves = __builtin_convertvector((uvec)round_bf16(v) >> 16, half_words);
+    memcpy(p, &halves, sizeof halves);
 }
 
 INLINE float sum_lanes(vec v) {

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.linear import Linear, LinearPacker, Product, RowRule, cancelling_rows, find_rule, holds
+from model.linear import LinearPacker, Product, RowRule, RuledLinear, cancelling_rows, find_rule, holds
 
 # (inputs, outputs): the built-in model's, odd vocabularies, head sizes 64, 80 and 128, long sums.
 SHAPES = [
@@ -22,7 +22,15 @@ SHAPES = [
     (1536, 576),
     (4096, 128),
 ]
-BACKENDS = [("onednn", torch.bfloat16), ("onednn", torch.float32), ("plain", torch.float32), ("plain", torch.bfloat16)]
+DTYPES = [torch.bfloat16, torch.float32]
+BACKENDS = [(name, dtype) for name in ("native", "onednn", "plain") for dtype in DTYPES]
+
+
+def packer(name: str, dtype: torch.dtype) -> LinearPacker:
+    try:
+        return LinearPacker(name, dtype)
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 def weights(num_inputs: int, num_outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -40,7 +48,7 @@ def test_bits_do_not_depend_on_the_number_of_rows(
 ) -> None:
     torch.set_num_threads(num_threads)
     weight, bias = weights(*shape, dtype)
-    linear = LinearPacker(name, dtype).pack(weight, bias)
+    linear = packer(name, dtype).pack(weight, bias)
     x = cancelling_rows(weight, bias, 300).flip(0)
     together = linear(x)
     for num_rows in (1, 2, 3, 5, 7, 11, 15, 18, 29, 61, 67, 129, 190, 257):  # Mostly others than the self-test's.
@@ -56,10 +64,13 @@ def test_equals_the_plain_product(name: str, dtype: torch.dtype, has_bias: bool)
     weight, bias = weights(192, 333, dtype)
     x = torch.randn(37, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
     expected = functional.linear(x.double(), weight.double(), bias.double() if has_bias else None)
-    actual = LinearPacker(name, dtype).pack(weight, bias if has_bias else None)(x)
+    linear = packer(name, dtype).pack(weight, bias if has_bias else None)
+    actual = linear(x)
     assert actual.dtype is dtype
     assert actual.shape == (37, 333)
     torch.testing.assert_close(actual.double(), expected, atol=1e-2 if dtype is torch.bfloat16 else 1e-5, rtol=1e-2)
+    residual = torch.randn(37, 333, generator=torch.Generator().manual_seed(3)).to(dtype)
+    assert torch.equal(linear(x, residual), residual + actual)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -116,7 +127,7 @@ def test_the_cheapest_rule_that_holds_is_found(unsteady: range, rule: RowRule) -
     product = unsteady_product(weight, unsteady)
     found = find_rule(product, weight)
     assert found == rule
-    assert holds(Linear(product, found), torch.randn(100, 48, generator=torch.Generator().manual_seed(3)))
+    assert holds(RuledLinear(product, found), torch.randn(100, 48, generator=torch.Generator().manual_seed(3)))
 
 
 def test_the_last_resort_is_one_row_at_a_time() -> None:
@@ -128,7 +139,7 @@ def test_the_last_resort_is_one_row_at_a_time() -> None:
 
     rule = find_rule(product, weight)
     assert rule == RowRule(1, tile=1)
-    assert holds(Linear(product, rule), torch.randn(40, 48, generator=torch.Generator().manual_seed(4)))
+    assert holds(RuledLinear(product, rule), torch.randn(40, 48, generator=torch.Generator().manual_seed(4)))
 
 
 def test_rows_are_padded_to_the_rule() -> None:
@@ -148,12 +159,32 @@ def test_a_shape_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packer.num_tiled == 0
 
 
+@pytest.fixture
+def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were no compiled kernel."""
+
+    def refuse(dtype: torch.dtype) -> None:
+        raise ValueError("not built")
+
+    monkeypatch.setattr("model.linear.NativeLinears", refuse)
+
+
+def test_auto_is_the_compiled_one() -> None:
+    packer("native", torch.float32)
+    assert LinearPacker("auto", torch.float32).name == "native"
+    assert LinearPacker("auto", torch.bfloat16).name == "native"
+
+
+@pytest.mark.usefixtures("unbuilt")
 def test_names() -> None:
     assert LinearPacker("auto", torch.float32).name == "plain"
+    with pytest.raises(ValueError, match="not built"):
+        LinearPacker("native", torch.float32)
     with pytest.raises(ValueError, match="unknown linear backend 'mkl'"):
         LinearPacker("mkl", torch.float32)
 
 
+@pytest.mark.usefixtures("unbuilt")
 def test_onednn_is_refused_where_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.linear._has_onednn", lambda dtype: False)
     assert LinearPacker("auto", torch.bfloat16).name == "plain"

@@ -15,6 +15,7 @@ from model.native import levels, library
 
 AVX2_LAPTOP = "flags\t\t: fpu sse2 avx avx2 bmi1 bmi2 f16c fma abm movbe\n"
 SERVER = AVX2_LAPTOP.rstrip() + " avx512f avx512bw avx512cd avx512dq avx512vl"
+SOURCES = ["attention", "linear"]
 CPUS = [
     (AVX2_LAPTOP, ["v3", "baseline"]),
     (SERVER, ["v4", "v3", "baseline"]),
@@ -26,9 +27,10 @@ CPUS = [
 
 @pytest.fixture
 def empty_lib(tmp_path, monkeypatch):
-    """A place to build in, so that no test touches the libraries in use."""
+    """A place to build in, so that no test touches the libraries in use; what is built there is not optimised."""
     monkeypatch.setattr(levels, "LIBRARY_DIR", tmp_path)
     monkeypatch.setattr(build_module, "LIBRARY_DIR", tmp_path)
+    monkeypatch.setattr(build_module, "COMMON_FLAGS", ("-std=c11", "-O0", "-fPIC", "-shared"))
     return tmp_path
 
 
@@ -64,27 +66,41 @@ def test_other_machines_build_only_the_baseline(monkeypatch):
 def test_build_makes_a_library_once_and_again_when_a_source_changes(empty_lib, only_baseline, monkeypatch):
     needs_compiler()
     built = build_module.build()
-    assert built == [empty_lib / "quire_attention_baseline.so"]
+    assert built == [empty_lib / f"quire_{source}_baseline.so" for source in SOURCES]
     assert ctypes.CDLL(str(built[0])).quire_attend
     assert build_module.build() == []
     monkeypatch.setattr(build_module, "digest_of", lambda source, level: "0" * 64)
     assert build_module.build() == built
-    assert [path.name for path in empty_lib.iterdir()] == ["quire_attention_baseline.so"]
+    assert sorted(empty_lib.iterdir()) == built
 
 
-def test_the_source_compiles_without_openmp_and_without_a_warning(tmp_path):
+def knows_openmp(compiler, tmp_path):
+    (tmp_path / "empty.c").write_text("int x;")
+    command = [compiler, "-fopenmp", "-shared", "-fPIC", str(tmp_path / "empty.c"), "-o", str(tmp_path / "empty.so")]
+    return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("openmp", [True, False])
+def test_the_source_compiles_with_and_without_openmp_and_without_a_warning(tmp_path, name, openmp):
+    """With it too: the build would quietly fall back to one thread."""
     needs_compiler()
-    command = [build_module.find_compiler(), *levels.COMMON_FLAGS, "-Werror", '-DQUIRE_SOURCE_DIGEST="x"']
-    source = levels.SOURCE_DIR / "attention.c"
+    compiler = build_module.find_compiler()
+    if openmp and not knows_openmp(compiler, tmp_path):
+        pytest.skip("a compiler without OpenMP")
+    flags = [flag for flag in levels.COMMON_FLAGS if flag != "-O3"] + ["-fopenmp"] * openmp
+    command = [compiler, *flags, "-Werror", '-DQUIRE_SOURCE_DIGEST="x"']
+    source = levels.SOURCE_DIR / f"{name}.c"
     subprocess.run([*command, str(source), "-o", str(tmp_path / "plain.so")], check=True, timeout=60)
-    assert b"GOMP" not in (tmp_path / "plain.so").read_bytes()
+    library = (tmp_path / "plain.so").read_bytes()
+    assert (b"GOMP_" in library or b"__kmpc_" in library) == openmp
 
 
 def test_a_level_that_the_compiler_does_not_know_is_skipped(empty_lib, monkeypatch):
     needs_compiler()
     unknown = levels.Level("future", ("-march=quire-9000",), frozenset({"future"}))
     monkeypatch.setattr(build_module, "buildable_levels", lambda: [unknown, levels.LEVELS[-1]])
-    assert [path.name for path in build_module.build()] == ["quire_attention_baseline.so"]
+    assert [path.name for path in build_module.build()] == [f"quire_{source}_baseline.so" for source in SOURCES]
 
 
 def test_no_compiler_is_one_clear_line(empty_lib):
