@@ -20,6 +20,7 @@ from model.inputs import SlotTables, prepare
 from model.interface import Admission, Batch, ModelFacts, Pending, Row, RunnerOptions, RunnerShape, Sampled, Sampling
 from model.kv_cache import KVCache, affordable_blocks
 from model.linear import LinearPacker
+from model.operators import load_operators
 from model.sampling import Sampler
 from model.threads import available_cpus
 from model.transformer import Transformer
@@ -81,10 +82,11 @@ def load_runner(options: RunnerOptions, progress: Progress | None = None) -> tup
     dtype = getattr(torch, options.dtype.value)
     attention = load_attention(options.attention, dtype, config.head_dim)
     packer = LinearPacker(options.linear, dtype)
+    operators = load_operators(packer.name, dtype)
     weights = load_weights(Path(options.model_dir), tensor_map, dtype, progress)
     facts = _facts(config, options, weights, attention, packer, num_threads)
     with torch.inference_mode():
-        transformer = Transformer(config, weights.parameters, packer, attention, shape.context_length)
+        transformer = Transformer(config, weights.parameters, packer, attention, operators, shape.context_length)
         cache = KVCache(config, shape.num_blocks, shape.block_size, dtype)
     if packer.num_tiled:
         _logger.warning("linear backend %s: %d shapes run in fixed tiles, slower", packer.name, packer.num_tiled)

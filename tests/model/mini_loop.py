@@ -15,6 +15,7 @@ from model.inputs import SlotTables, prepare
 from model.interface import Admission, Batch, Row, Sampling
 from model.kv_cache import KVCache
 from model.linear import LinearPacker
+from model.operators import load_operators
 from model.transformer import Transformer
 from model.weights import load_weights
 
@@ -41,11 +42,13 @@ class MiniLoop:
         num_blocks = blocks_per_slot * num_slots
         tensor_map = import_module(FAMILIES[config.architecture]).tensor_map(config)
         parameters = load_weights(model_dir, tensor_map, dtype).parameters
+        packer = LinearPacker(linear, dtype)
         self.transformer = Transformer(
             config,
             parameters,
-            LinearPacker(linear, dtype),
+            packer,
             load_attention(attention, dtype, config.head_dim),
+            load_operators(packer.name, dtype),
             self.context_length,
         )
         self.cache = KVCache(config, num_blocks, BLOCK_SIZE, dtype)

@@ -15,7 +15,7 @@ from model.native import levels, library
 
 AVX2_LAPTOP = "flags\t\t: fpu sse2 avx avx2 bmi1 bmi2 f16c fma abm movbe\n"
 SERVER = AVX2_LAPTOP.rstrip() + " avx512f avx512bw avx512cd avx512dq avx512vl"
-SOURCES = ["attention", "linear"]
+SOURCES = ["attention", "linear", "rowwise"]
 CPUS = [
     (AVX2_LAPTOP, ["v3", "baseline"]),
     (SERVER, ["v4", "v3", "baseline"]),

@@ -126,11 +126,12 @@ def test_random_shapes_with_long_prompts(tmp_path: Path, name: str) -> None:
     check_logits(directory, torch.float32, 1500, share=1500, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("linear", ["native", "onednn", "plain"])
 @pytest.mark.parametrize("attention", ["native", "reference"])
-def test_attention_backends_agree_with_theirs(tmp_path: Path, attention: str) -> None:
+def test_backends_agree_with_theirs(tmp_path: Path, attention: str, linear: str) -> None:
     directory = write_checkpoint(tmp_path, **SHAPES["grouped_tied"])
     try:
-        loop = MiniLoop(directory, torch.float32, attention=attention)
+        loop = MiniLoop(directory, torch.float32, attention=attention, linear=linear)
     except ValueError as error:
         pytest.skip(str(error))
     ids = random_prompts([150], 500)[0]

@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from model.config import Rope
 from model.interface import Row
+from model.operators import rms_norm, silu_mul
 from model.rotary import RotaryTables, inverse_frequencies, rotate
-from model.transformer import rms_norm, silu_mul
 from tests.model.checkpoints import DEFAULT_MODEL, write_checkpoint
 from tests.model.mini_loop import MiniLoop
 
@@ -145,10 +145,18 @@ def check_alone_equals_together(directory: Path, dtype: torch.dtype, vocab_size:
         assert torch.equal(alone.step([forget(alone, row, ids[row.slot])])[0], logits_WV[index]), row
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "linear"),
+    [
+        (torch.bfloat16, "native"),
+        (torch.float32, "native"),
+        (torch.bfloat16, "onednn"),
+        (torch.float32, "plain"),
+    ],
+)
 @pytest.mark.usefixtures("native_attention")
-def test_a_row_alone_has_the_bits_of_a_row_among_64(dtype: torch.dtype) -> None:
-    check_alone_equals_together(DEFAULT_MODEL, dtype, 4096, every=5)
+def test_a_row_alone_has_the_bits_of_a_row_among_64(dtype: torch.dtype, linear: str) -> None:
+    check_alone_equals_together(DEFAULT_MODEL, dtype, 4096, every=5, linear=linear)
 
 
 @pytest.mark.slow
@@ -162,7 +170,7 @@ def test_a_row_alone_has_the_bits_of_a_row_among_64(dtype: torch.dtype) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("linear", ["onednn", "plain"])
+@pytest.mark.parametrize("linear", ["native", "onednn", "plain"])
 @pytest.mark.usefixtures("native_attention")
 def test_a_row_alone_has_the_bits_of_a_row_among_64_for_other_shapes(
     tmp_path: Path, dtype: torch.dtype, shape: dict[str, Any], linear: str
