@@ -33,12 +33,18 @@ def write(directory: Path, generation: dict[str, Any] | None = None, **changes: 
 
 def test_default_model() -> None:
     config = load_config(DEFAULT_MODEL)
-    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (4, 3, 1, 64)
+    stated = json.loads((DEFAULT_MODEL / "config.json").read_text())
+    assert config.num_layers == stated["num_hidden_layers"]
+    assert config.num_heads == stated["num_attention_heads"]
+    assert config.num_kv_heads == stated["num_key_value_heads"]
+    assert config.head_dim == stated["head_dim"]
     assert config.eos_token_ids == (0, 2)
     assert config.dtype is Dtype.BFLOAT16
     assert config.rope == Rope(10_000.0)
     assert config.generation == GenerationDefaults(temperature=0.7, top_p=0.95, max_tokens=128)
-    assert config.kv_bytes_per_token(Dtype.BFLOAT16) == 2 * 4 * 64 * 2
+    assert (
+        config.kv_bytes_per_token(Dtype.BFLOAT16) == 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
+    )
 
 
 def test_absent_keys_mean_what_hugging_face_means(tmp_path: Path) -> None:

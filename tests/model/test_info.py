@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from model.config import load_config
 from model.families.base import MatrixKind
 from model.info import load_info
 from model.interface import Dtype
@@ -16,23 +17,25 @@ from tests.model.checkpoints import DEFAULT_MODEL, write_checkpoint
 
 
 def test_default_model() -> None:
-    info = load_info(DEFAULT_MODEL)
+    info, config = load_info(DEFAULT_MODEL), load_config(DEFAULT_MODEL)
+    width, layers = config.hidden_size, config.num_layers
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
     assert info.parameters == {
-        MatrixKind.EMBEDDING: 4096 * 192,
-        MatrixKind.ATTENTION: 4 * (320 * 192 + 192 * 192),
-        MatrixKind.MLP: 4 * 3 * 512 * 192,
-        MatrixKind.NORM: 9 * 192,
+        MatrixKind.EMBEDDING: config.vocab_size * width,
+        MatrixKind.ATTENTION: layers * heads * config.head_dim * width,
+        MatrixKind.MLP: layers * 3 * config.intermediate_size * width,
+        MatrixKind.NORM: (2 * layers + 1) * width,
         MatrixKind.UNEMBEDDING: 0,
     }
-    assert info.num_parameters == 2_361_024
-    assert info.weight_bytes(Dtype.BFLOAT16) == 4_722_048
+    stored = load_file(DEFAULT_MODEL / "model.safetensors")
+    assert info.num_parameters == sum(value.numel() for value in stored.values())
+    assert info.weight_bytes(Dtype.BFLOAT16) == 2 * info.num_parameters
     assert info.file_bytes == (DEFAULT_MODEL / "model.safetensors").stat().st_size
 
 
 def test_sequences_that_fit() -> None:
     info = load_info(DEFAULT_MODEL)
     per_token = info.config.kv_bytes_per_token(Dtype.BFLOAT16)
-    assert per_token == 1024
     assert info.sequences_that_fit(160 * per_token, 33, 16, Dtype.BFLOAT16) == 3  # 10 blocks, 3 for each
     assert info.sequences_that_fit(160 * per_token, 33, 16, Dtype.FLOAT32) == 1
     assert info.sequences_that_fit(100, 1, 16, Dtype.BFLOAT16) == 0

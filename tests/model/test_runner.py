@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.info import load_info
 from model.interface import NO_LOGPROBS, Admission, Batch, Dtype, Row, RunnerOptions, Sampled, Sampling
 from model.runner import TorchRunner, load_runner
 from model.threads import available_cpus
@@ -53,10 +54,13 @@ def test_facts_of_the_default_model() -> None:
     assert facts.digest.startswith("sha256:")
     assert (facts.dtype, facts.context_length, facts.vocab_size) == ("bfloat16", 1024, 4096)
     assert facts.eos_token_ids == (0, 2)
-    assert (facts.num_parameters, facts.weight_bytes, facts.kv_bytes_per_token) == (2_361_024, 4_722_048, 1024)
+    info = load_info(DEFAULT_MODEL)
+    assert facts.num_parameters == info.num_parameters
+    assert facts.weight_bytes == info.weight_bytes(Dtype.BFLOAT16)
+    assert facts.kv_bytes_per_token == info.config.kv_bytes_per_token(Dtype.BFLOAT16)
     assert (facts.default_temperature, facts.default_top_p, facts.default_max_tokens) == (0.7, 0.95, 128)
     assert facts.num_threads == torch.get_num_threads() == 2
-    assert runner.shape.num_blocks == 2**20 // (16 * 1024)
+    assert runner.shape.num_blocks == 2**20 // (16 * facts.kv_bytes_per_token)
     assert (runner.shape.num_slots, runner.shape.max_batch_tokens, runner.shape.block_size) == (4, 64, 16)
 
 
