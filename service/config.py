@@ -69,7 +69,7 @@ class Settings(BaseModel):
     """Prefill chunks shrink so that running streams wait about this long between tokens."""
 
     max_waiting_requests: int = Field(256, ge=0)
-    """Requests that may wait; more are refused."""
+    """Requests beyond those that can run at the same time; more are refused."""
     max_waiting_tokens: int = Field(262_144, ge=1)
     """Prompt tokens that may wait; more are refused."""
     default_deadline_seconds: float = Field(600.0, gt=0)
@@ -96,6 +96,8 @@ class Settings(BaseModel):
     def _check_together(self) -> Settings:
         if not is_loopback(self.host) and not self.insecure:
             raise ValueError(f"host: {self.host} can be reached by others in plain text; pass --insecure to allow it")
+        if self.max_num_seqs > self.max_batch_tokens:
+            raise ValueError("max_num_seqs: must not be larger than max_batch_tokens: each takes a token of every step")
         if self.default_deadline_seconds > self.max_deadline_seconds:
             raise ValueError("default_deadline_seconds: must not be larger than max_deadline_seconds")
         return self

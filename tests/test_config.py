@@ -29,6 +29,7 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monk
         ({"attention": "magic"}, "attention"),
         ({"no_such": 1}, "no_such"),
         ({"host": "0.0.0.0"}, "insecure"),
+        ({"max_num_seqs": 65, "max_batch_tokens": 64}, "max_num_seqs"),
         ({"default_deadline_seconds": 9.0, "max_deadline_seconds": 1.0}, "default_deadline_seconds"),
     ],
 )
