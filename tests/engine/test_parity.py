@@ -41,7 +41,7 @@ def run(
     engine = Engine(loaded(runner), options or EngineOptions(prefix_cache=False))
     ledger = Ledger()
     submit_all(engine, prompts, num_new)
-    run_to_end(engine, ledger)
+    run_to_end(engine, ledger, max_steps=sum(map(len, prompts)) + 5000)  # chunks of one take a step for each token
     return ledger
 
 
