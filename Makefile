@@ -96,7 +96,8 @@ $(STAMPS)/torch:
 	 || { echo "quire: $(PYTHON) is older than 3.11; name another with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -m venv $$($(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null && echo --system-site-packages) .venv
 	@if $(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null; then echo "quire: using the torch that is there"; \
-	 else echo "quire: installing $(TORCH) (a minute or more)"; $(PIP) $(TORCH); fi
+	 else echo "quire: installing $(TORCH) (a minute or more; README names a smaller build)"; \
+	 $(BIN)/python -m pip install --disable-pip-version-check $$([ -t 1 ] || echo -qq) $(TORCH); fi
 	@mkdir -p $(STAMPS) && touch $@
 HAS_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11) or not torch.ones(2).equal(torch.ones(2)))
 

@@ -149,7 +149,7 @@ def _environment() -> dict[str, Any]:
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
-            return tomllib.load(stream)
+            return {key.replace("-", "_"): value for key, value in tomllib.load(stream).items()}
     except OSError as error:
         raise StartupError(f"config file {file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

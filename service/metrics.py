@@ -337,4 +337,5 @@ class Metrics:
         try:
             return Endpoint(outer, host.strip("[]"), port)
         except OSError as error:
-            raise StartupError(f"metrics: cannot listen on {host}:{port}: {error.strerror}") from None
+            hint = "--metrics-port 0 takes a free one"
+            raise StartupError(f"metrics: cannot listen on {host}:{port}: {error.strerror} ({hint})") from None

@@ -104,9 +104,6 @@ class FrontEnd:
     async def start(self) -> None:
         """Opens both ports and looks for the engine; generations are refused until it is up."""
         settings = self.settings
-        endpoint = self.metrics.serve(settings.metrics_host, settings.metrics_port)
-        self._closing.push_async_callback(endpoint.close)
-        self.metrics_port = endpoint.port
         server = listener.build(
             self._servicer(),
             self._health,
@@ -114,9 +111,13 @@ class FrontEnd:
             connection_grace_seconds=settings.max_deadline_seconds,
             on_handled=self.metrics.requests.on_handled,
         )
+        # Before the metrics' port: a second server on one machine should hear of the port that matters.
+        self.port = listener.bind(server, settings.host, settings.port)
+        endpoint = self.metrics.serve(settings.metrics_host, settings.metrics_port)
+        self._closing.push_async_callback(endpoint.close)
+        self.metrics_port = endpoint.port
         self._start_task(self._engine.run())
         self._closing.push_async_callback(server.stop, LEAVE_SECONDS)
-        self.port = listener.bind(server, settings.host, settings.port)
         await server.start()
         self._health.set(PROCESS, True)
         self._health.set(LIVENESS, True)
@@ -137,7 +138,12 @@ class FrontEnd:
         self._health.set(READINESS, False)
         self.metrics.engine.on_draining()
         if self.model.is_known:  # a server that never served has one thing to say: why
-            log.info("draining", extra=logs.with_fields(open_requests=self.generations.num_open))
+            log.info(
+                "draining; another signal ends what is open at once",
+                extra=logs.with_fields(
+                    open_requests=self.generations.num_open, drain_seconds=self.settings.drain_seconds
+                ),
+            )
         await self._wait(self._skipping.wait(), self.settings.lame_duck_seconds)
         self._admission.drain()
         await self._wait(self.generations.wait_idle(), self.settings.drain_seconds)
@@ -149,6 +155,8 @@ class FrontEnd:
         """Closes what was opened, last first."""
         self._health.close()
         await self._closing.aclose()
+        if self.model.is_known:
+            log.info("stopped")
 
     def request_stop(self) -> None:
         """Asks for the drain; asked twice, for its end."""
@@ -178,8 +186,9 @@ class FrontEnd:
         self.model.learn(hello)
         self.metrics.engine.on_up(self.model.name, hello)
         self._admission.open()
-        if not self._stopping.is_set():
-            self._health.set(READINESS, True)
+        if self._stopping.is_set():
+            return
+        self._health.set(READINESS, True)
         log.info("the engine is up", extra=logs.with_fields(model=self.model.name, digest=hello.facts.digest))
         if is_first:
             self._on_ready(self, hello)

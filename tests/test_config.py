@@ -10,7 +10,7 @@ from service.errors import StartupError
 
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "quire.toml"
-    file.write_text("port = 1\nmax_num_seqs = 2\nblock_size = 3\n")
+    file.write_text("port = 1\nmax_num_seqs = 2\nblock-size = 3\n")
     monkeypatch.setenv("QUIRE_PORT", "4")
     monkeypatch.setenv("QUIRE_MAX_NUM_SEQS", "5")
     settings = load_settings({"port": 6}, file)

@@ -103,7 +103,8 @@ class EngineLoop:
 
     def _drop(self, front_end: FrontEnd, reason: FrontEndLost) -> None:
         """Ends everything that a lost front end had asked for."""
-        log.info("a front end is gone: %s; cancelling %d sequences", reason, len(front_end.open_ids))
+        level = logging.INFO if front_end.open_ids else logging.DEBUG
+        log.log(level, "a front end is gone: %s; cancelling %d sequences", reason, len(front_end.open_ids))
         self._engine.cancel(front_end.open_ids)
         self._selector.unregister(front_end.connection)
         front_end.connection.close()

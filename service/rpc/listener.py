@@ -77,7 +77,7 @@ def _try_port(host: str, port: int) -> None:
     in_use = [failure for failure in failures if failure.errno == errno.EADDRINUSE]
     if in_use or len(failures) >= max(len(found), 1):
         reason = (in_use or failures)[0].strerror
-        raise StartupError(f"cannot listen on {address_of(host, port)}: {reason}")
+        raise StartupError(f"cannot listen on {address_of(host, port)}: {reason} (--port 0 takes a free one)")
 
 
 def _try_address(family: socket.AddressFamily, address: Any) -> OSError | None:

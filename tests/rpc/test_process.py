@@ -76,7 +76,9 @@ def test_a_busy_port_is_one_line_and_exit_code_2(start, busy):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, out, err = start(**{busy: taken.getsockname()[1]}).end()
     assert (code, out) == (2, "")
-    assert re.fullmatch(r"quire: error: .*cannot listen on 127\.0\.0\.1:\d+: Address already in use\n", err)
+    assert re.fullmatch(
+        r"quire: error: .*cannot listen on 127\.0\.0\.1:\d+: Address already in use \(--(metrics-)?port 0 .*\)\n", err
+    )
 
 
 def test_a_missing_model_is_one_line_and_exit_code_2(start, tmp_path):
