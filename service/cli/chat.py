@@ -7,16 +7,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
+from service.cli.answer import Answer, note
 from service.cli.connection import add_connection, connected, explain
 from service.cli.generate import open_stream
-from service.cli.options import add_options, options_of
+from service.cli.options import add_options, named_by_flag, options_of
 from service.cli.parser import CommandFailed
 from service.client.blocking import BlockingClient
 from service.client.errors import QuireClientError
-from service.client.types import Delta, Finished, FinishReason, Message, Options
+from service.client.types import Message, Options
 from service.errors import StartupError
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
+COMMANDS = ("/reset", "/help", "/exit", "/quit")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,18 +36,20 @@ def run(arguments: argparse.Namespace) -> int:
             raise CommandFailed(f"{model.name} has no chat template; use quire generate")
         is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         if is_terminal:
-            _note(f"{model.name}, context {model.context_length:,} tokens; {HELP}")
+            note(f"{model.name}, context {model.context_length:,} tokens; {HELP}")
         conversation = Conversation(client, options_of(arguments), arguments.system, arguments.timeout)
         for line in _lines(is_terminal):
             if line in ("/exit", "/quit"):
                 break
             if line == "/reset":
                 conversation.reset()
-                _note("forgotten")
+                note("forgotten")
             elif line == "/help":
-                _note(HELP)
+                note(HELP)
+            elif line.split()[0] in COMMANDS:
+                note(f"{line.split()[0]} stands alone, without other words; {HELP}")
             elif line.startswith("/") and " " not in line:
-                _note(f"no such command: {line}; {HELP}")
+                note(f"no such command: {line}; {HELP}")
             elif not conversation.say(line) and not is_terminal:
                 return 1
     return 0
@@ -65,46 +69,39 @@ class Conversation:
         self._turns.clear()
 
     def say(self, text: str) -> bool:
-        """Sends a message and prints the answer. False if there was none; then the message is forgotten, too."""
+        """Sends a message and prints the answer. False if it failed; then the message is forgotten, too.
+
+        Raises QuireClientError if the server refuses a flag: the next message would fare no better.
+        """
         question = Message("user", text)
         while True:
+            answer = Answer()
             try:
-                answer = self._ask(question)
+                self._ask(question, answer)
             except QuireClientError as error:
+                if any(named_by_flag(f"{bad.field}:").startswith("--") for bad in error.violations):
+                    raise
                 if error.reason == "CONTEXT_LENGTH_EXCEEDED" and self._turns:
                     # The server says no before it generates anything, so asking again repeats no text.
                     del self._turns[0]
-                    _note("the conversation no longer fits the context: its oldest exchange was dropped (/reset: all)")
+                    note("the conversation no longer fits the context: its oldest exchange was dropped")
                     continue
-                _note(f"quire: error: {explain(error, self._client)}")
+                print(f"quire: error: {explain(error, self._client, answer.num_tokens)}", file=sys.stderr)
                 return False
-            self._turns.append((question, Message("assistant", answer)))
+            self._turns.append((question, Message("assistant", answer.text)))
             return True
 
-    def _ask(self, question: Message) -> str:
-        """The answer, printed as it comes; what there is of it when Ctrl-C stops it."""
+    def _ask(self, question: Message, answer: Answer) -> None:
+        """Reads the answer; what there is of it when Ctrl-C stops it."""
         messages = [*self._system, *(message for turn in self._turns for message in turn), question]
-        answer = ""
         try:
             with open_stream(self._client, messages, self._options, self._timeout) as events:
-                for event in events:
-                    if isinstance(event, Delta):
-                        answer += event.text
-                        sys.stdout.write(event.text)
-                        sys.stdout.flush()
-                    elif isinstance(event, Finished):
-                        _end_answer(event)
+                answer.read(events)
         except KeyboardInterrupt:
             sys.stdout.write("\n")
-            _note("stopped")
-        return answer
-
-
-def _end_answer(event: Finished) -> None:
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    if event.reason is FinishReason.CONTEXT_LENGTH:
-        _note("the context is full, so the answer was cut; /reset starts anew")
+            note("stopped")
+        if cut := answer.cut():
+            note(f"[{cut}]")
 
 
 def _lines(is_terminal: bool) -> Iterator[str]:
@@ -127,9 +124,3 @@ def _lines(is_terminal: bool) -> Iterator[str]:
             return
         if line.strip():
             yield line.strip()
-
-
-def _note(text: str) -> None:
-    """Says something that is no part of the conversation."""
-    sys.stdout.flush()
-    print(text, file=sys.stderr)

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from service.cli.answer import count
+from service.cli.options import named_by_flag
 from service.cli.parser import CommandFailed, positive_seconds
 from service.client.blocking import BlockingClient
 from service.client.errors import QuireClientError
@@ -22,6 +24,9 @@ HINTS = {
 }
 """What a person at a terminal can do about a reason."""
 
+USER_MISTAKES = ("INVALID_ARGUMENT", "NOT_FOUND")
+"""Status codes that refuse what the user gave, as this process does with what it can judge itself."""
+
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
     """--address and --timeout."""
@@ -35,7 +40,7 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[BlockingClient]:
-    """A client. Its errors become one line: StartupError for a bad address, CommandFailed for a call that fails."""
+    """A client. Its errors become one line: StartupError for a bad address, `failure` for a call that fails."""
     try:
         client = BlockingClient(address or _default_address())
     except ValueError as error:
@@ -44,11 +49,21 @@ def connected(address: str | None) -> Iterator[BlockingClient]:
         try:
             yield client
         except QuireClientError as error:
-            raise CommandFailed(explain(error, client)) from None
+            raise failure(error, client) from None
 
 
-def explain(error: QuireClientError, client: BlockingClient) -> str:
-    """What went wrong and what can be done, in one line."""
+def failure(error: QuireClientError, client: BlockingClient, num_tokens: int = 0) -> StartupError | CommandFailed:
+    """A call's error as the command's: StartupError where the server refuses what the user gave."""
+    kind = StartupError if error.code in USER_MISTAKES else CommandFailed
+    return kind(explain(error, client, num_tokens))
+
+
+def explain(error: QuireClientError, client: BlockingClient, num_tokens: int = 0) -> str:
+    """What went wrong, `num_tokens` of an answer having come, and what can be done, in one line."""
+    if error.violations:
+        return "; ".join(named_by_flag(f"{bad.field}: {bad.description}") for bad in error.violations)
+    if error.code == "DEADLINE_EXCEEDED" and num_tokens:
+        return f"the answer was cut by the timeout after {count(num_tokens)}; {HINTS['DEADLINE_EXCEEDED']}"
     if error.reason is None:
         return _explain_connection(error, client)
     hint = HINTS.get(error.reason)

@@ -7,9 +7,11 @@ import json
 import sys
 from dataclasses import asdict
 
-from service.cli.connection import add_connection, connected
-from service.cli.options import add_options, options_of
+from service.cli.answer import Answer, note
+from service.cli.connection import add_connection, connected, failure
+from service.cli.options import add_options, named_by_flag, options_of
 from service.client.blocking import BlockingClient, Stream
+from service.client.errors import QuireClientError
 from service.client.types import Delta, Finished, Message, Options, Prompt, Started
 from service.errors import StartupError
 
@@ -32,11 +34,20 @@ def run(arguments: argparse.Namespace) -> int:
     prompt, options = _prompt(arguments), options_of(arguments)
     if arguments.json:
         options["return_token_ids"], options["top_logprobs"] = True, arguments.top_logprobs
-    with connected(arguments.address) as client, open_stream(client, prompt, options, arguments.timeout) as events:
-        if arguments.json:
-            _print_document(events)
-        else:
-            _print_text(events)
+    is_terminal = sys.stdout.isatty() and not arguments.json
+    is_typed = arguments.prompt in (None, "-") and sys.stdin.isatty()
+    shown = prompt if is_terminal and isinstance(prompt, str) and not is_typed else ""
+    answer = Answer(prompt=shown, is_printed=not arguments.json)
+    with connected(arguments.address) as client:
+        try:
+            with open_stream(client, prompt, options, arguments.timeout) as events:
+                answer.read(events)
+        except QuireClientError as error:
+            raise failure(error, client, answer.num_tokens) from None
+    if arguments.json:
+        _print_document(answer)
+    elif is_terminal and sys.stderr.isatty() and (cut := answer.cut()):
+        note(f"[{cut}]")
     return 0
 
 
@@ -45,28 +56,15 @@ def open_stream(client: BlockingClient, prompt: Prompt, options: Options, timeou
     try:
         return client.stream(prompt, timeout_seconds=timeout, **options)
     except ValueError as error:
-        raise StartupError(str(error)) from None
+        raise StartupError(named_by_flag(str(error))) from None
 
 
-def _print_text(events: Stream) -> None:
-    """Prints text as it comes, and a line end after it."""
-    text = ""
-    for event in events:
-        if isinstance(event, Delta) and event.text:
-            text = event.text
-            sys.stdout.write(text)
-            sys.stdout.flush()
-    if not text.endswith("\n"):
-        sys.stdout.write("\n")
-
-
-def _print_document(events: Stream) -> None:
-    everything = list(events)
-    deltas = [event for event in everything if isinstance(event, Delta)]
-    (started,) = [event for event in everything if isinstance(event, Started)]
-    (finished,) = [event for event in everything if isinstance(event, Finished)]
+def _print_document(answer: Answer) -> None:
+    deltas = [event for event in answer.events if isinstance(event, Delta)]
+    (started,) = [event for event in answer.events if isinstance(event, Started)]
+    (finished,) = [event for event in answer.events if isinstance(event, Finished)]
     document = {
-        "text": "".join(delta.text for delta in deltas),
+        "text": answer.text,
         "token_ids": [token_id for delta in deltas for token_id in delta.token_ids],
         "finish_reason": finished.reason,
         "stop_match": finished.stop_match,

@@ -1,6 +1,7 @@
 """The `quire` command: picks the subcommand, and turns every way to end into an exit code and at most one line.
 
-Exit codes: 0 done, 1 the server refused or failed, 2 a user's mistake, 130 interrupted, 141 nobody reads the output.
+Exit codes: 0 done, 1 the server failed or has no room, 2 a user's mistake, whether found here or by the server,
+130 interrupted, 141 nobody reads the output.
 It knows no command's flags, and imports only the command that runs: a container runs `quire health` every few seconds.
 """
 
@@ -51,13 +52,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _without_command(given: Sequence[str]) -> int:
-    """Help, or what is wrong."""
+    """Help, the version, or what is wrong."""
     parser = Parser(prog="quire", description="Serve a transformer language model over gRPC, and use it.")
+    parser.add_argument("--version", action="version", help="show the version", version=f"quire {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, what in COMMANDS.items():
         commands.add_parser(name, help=what)
+    if not given:  # on standard error and no success: a script that forgot the command must not go on
+        parser.print_help(sys.stderr)
+        return 2
     parser.parse_args(given)
     raise AssertionError("every command was handled before")
+
+
+def _version() -> str:
+    """The installed package's."""
+    # Imported only here: a command has no use for it.
+    from importlib import metadata
+
+    try:
+        return metadata.version("quire")
+    except metadata.PackageNotFoundError:
+        return "unknown (not installed as a package)"
 
 
 def _fail(message: str, code: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from typing import cast
 
@@ -27,6 +28,16 @@ SWITCHES = (
     ("--include-stop-string", "leave the stop string in the text"),
     ("--keep-special-tokens", "show tokens such as <|im_end|>"),
 )
+OTHER_NAMES = {
+    "stop_strings": "--stop",
+    "stop_token_ids": "--stop-token-id",
+    "logit_bias": "--logit-bias",
+    "top_logprobs": "--top-logprobs",
+    "text": "PROMPT",
+    "prompt": "PROMPT",
+}
+"""How the user knows the options that have no flag of the same name."""
+FIELD = re.compile(r"(?:spec\.)?(?:(?:sampling|stop|output)\.)?(\w+)(?=[\[:])")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,11 +56,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def options_of(arguments: argparse.Namespace) -> Options:
     """The options that were given."""
-    flags = [flag for flag, *_ in FLAGS] + [flag for flag, _ in SWITCHES]
-    named = [flag[2:].replace("-", "_") for flag in flags]
-    values = {name: getattr(arguments, name) for name in (*named, "stop_strings", "stop_token_ids")}
+    values = {name: getattr(arguments, name) for name in (*_same_names(), "stop_strings", "stop_token_ids")}
     values["logit_bias"] = dict(arguments.logit_bias) if arguments.logit_bias else None
     return cast(Options, values)
+
+
+def named_by_flag(refusal: str) -> str:
+    """A refusal of a field or option ("spec.sampling.top_p: must …"), with the flag's name where there is one."""
+    found = FIELD.match(refusal)
+    flag = found and (_same_names() | OTHER_NAMES).get(found[1])
+    return f"{flag}{refusal[found.end() :]}" if found and flag else refusal
+
+
+def _same_names() -> dict[str, str]:
+    """Flags by the option of the same name."""
+    flags = [flag for flag, *_ in FLAGS] + [flag for flag, _ in SWITCHES]
+    return {flag[2:].replace("-", "_"): flag for flag in flags}
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -45,6 +45,16 @@ def test_commands(server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: C
     assert "/reset" in err
 
 
+def test_a_command_with_other_words_is_no_message(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert talk(monkeypatch, "one\n/reset all\n/exit\tnow\ntwo\n") == 0
+    assert sent(server) == [["one"], ["one", "Hello there", "two"]]
+    err = capsys.readouterr().err
+    assert "/reset stands alone" in err
+    assert "/exit stands alone" in err
+
+
 def test_the_oldest_exchange_is_dropped_when_it_no_longer_fits(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -70,7 +80,35 @@ def test_an_answer_cut_by_the_context_is_told(
 ) -> None:
     server.play(say("A", reason=pb.FINISH_REASON_CONTEXT_LENGTH, stop=None))
     assert talk(monkeypatch, "one\n") == 0
-    assert "the context is full" in capsys.readouterr().err
+    assert capsys.readouterr().err == "[stopped after 2 tokens: the context is full]\n"
+
+
+def test_an_answer_cut_by_max_tokens_is_told(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    server.play(say("A", reason=pb.FINISH_REASON_MAX_TOKENS, stop=None))
+    assert talk(monkeypatch, "one\n") == 0
+    assert capsys.readouterr() == ("A\n", "[stopped after 2 tokens: --max-tokens]\n")
+
+
+def test_an_answer_cut_by_the_timeout_is_told(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    server.play(say_then_wait(server.cancelled, "A"))
+    assert talk(monkeypatch, "one\n", "--timeout", "0.5") == 1
+    out, err = capsys.readouterr()
+    assert out == "A\n"
+    assert "cut by the timeout after 1 token;" in err
+
+
+def test_a_refused_flag_ends_the_conversation(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    violation = ("spec.sampling.top_p", "must be in (0, 1]")
+    server.play(refuse(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", violations=[violation]))
+    assert talk(monkeypatch, "one\ntwo\n", "--top-p", "2") == 2
+    assert capsys.readouterr().err == "quire: error: --top-p: must be in (0, 1]\n"
+    assert len(server.specs) == 1
 
 
 def test_a_model_without_template_is_told(server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -9,9 +9,10 @@ import grpc
 import pytest
 
 from service.cli.main import main
+from service.cli.options import named_by_flag
 from service.pb.quire.v1 import inference_pb2 as pb
 from tests.cli.conftest import Start
-from tests.client.server import WAIT_SECONDS, FakeServer, refuse, running, say, say_then_wait
+from tests.client.server import WAIT_SECONDS, FakeServer, Script, refuse, running, say, say_then_wait
 
 Capture = pytest.CaptureFixture[str]
 
@@ -96,34 +97,62 @@ def test_json_is_one_document(server: FakeServer, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "code", "said"),
     [
         (
             refuse(
-                grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", violations=[("spec.a", "bad"), ("spec.b", "worse")]
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "INVALID_FIELD",
+                violations=[
+                    ("spec.sampling.top_p", "bad"),
+                    ("spec.sampling.logit_bias[1].bias", "too"),
+                    ("spec.b", "x"),
+                ],
             ),
-            "INVALID_FIELD: refused; spec.a: bad; spec.b: worse",
+            2,
+            "--top-p: bad; --logit-bias[1].bias: too; spec.b: x",
         ),
         (
             refuse(grpc.StatusCode.INVALID_ARGUMENT, "CONTEXT_LENGTH_EXCEEDED", limit="64"),
+            2,
             "CONTEXT_LENGTH_EXCEEDED: refused (limit=64); shorten the prompt or ask for fewer tokens (--max-tokens)",
         ),
         (
             refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", pushback_ms=-1, retry_ms=500),
+            1,
             "QUEUE_FULL: refused; try again in 0.5 s",
         ),
     ],
 )
-def test_a_refusal_is_one_line(server: FakeServer, capsys: Capture, script: object, said: str) -> None:
-    server.play(script)  # type: ignore[arg-type]
-    assert main(["generate", "p"]) == 1
+def test_a_refusal_is_one_line(server: FakeServer, capsys: Capture, script: Script, code: int, said: str) -> None:
+    server.play(script)
+    assert main(["generate", "p"]) == code
     assert capsys.readouterr() == ("", f"quire: error: {said}\n")
+
+
+@pytest.mark.parametrize(
+    ("field", "known_as"),
+    [
+        ("spec.stop.max_tokens", "--max-tokens"),
+        ("spec.stop.stop_strings[0]", "--stop[0]"),
+        ("spec.stop.stop_token_ids", "--stop-token-id"),
+        ("spec.output.top_logprobs", "--top-logprobs"),
+        ("spec.priority", "--priority"),
+        ("top_k", "--top-k"),
+        ("spec.text", "PROMPT"),
+        ("spec.chat.messages", "spec.chat.messages"),
+        ("spec.token_ids.ids", "spec.token_ids.ids"),
+        ("spec", "spec"),
+    ],
+)
+def test_a_field_is_known_by_its_flag(field: str, known_as: str) -> None:
+    assert named_by_flag(f"{field}: must not be text") == f"{known_as}: must not be text"
 
 
 def test_a_failure_in_the_middle_leaves_the_text(server: FakeServer, capsys: Capture) -> None:
     server.play(refuse(grpc.StatusCode.UNAVAILABLE, "ENGINE_LOST", texts=["begun"]))
     assert main(["generate", "p"]) == 1
-    assert capsys.readouterr() == ("begun", "quire: error: ENGINE_LOST: refused\n")
+    assert capsys.readouterr() == ("begun\n", "quire: error: ENGINE_LOST: refused\n")
 
 
 def test_no_server_is_one_line(capsys: Capture) -> None:
@@ -142,10 +171,54 @@ def test_a_server_that_does_not_serve_is_one_line(server: FakeServer, capsys: Ca
 
 
 def test_a_timeout_is_one_line(server: FakeServer, capsys: Capture) -> None:
-    server.play(say_then_wait(server.cancelled, "a"))
+    server.play(say_then_wait(server.cancelled))
     assert main(["generate", "p", "--timeout", "0.2"]) == 1
-    assert "within the timeout" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "within the timeout" in err
     assert server.cancelled.wait(WAIT_SECONDS)
+
+
+@pytest.mark.parametrize("is_servers", [False, True])
+@pytest.mark.parametrize(("flags", "printed"), [((), "ab\n"), (("--json",), "")])
+def test_a_timeout_tells_how_much_came(
+    server: FakeServer, capsys: Capture, flags: tuple[str, ...], printed: str, is_servers: bool
+) -> None:
+    servers = refuse(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", texts=["a", "b"], generatedTokens="3")
+    server.play(servers if is_servers else say_then_wait(server.cancelled, "a", "b"))
+    assert main(["generate", "p", "--timeout", "0.5", *flags]) == 1
+    cut = "the answer was cut by the timeout after 2 tokens"
+    assert capsys.readouterr() == (
+        printed, f"quire: error: {cut}; allow more time with --timeout, or ask for fewer tokens\n"
+    )  # fmt: skip
+
+
+LIMIT = say("1\n", "2", reason=pb.FINISH_REASON_MAX_TOKENS, stop=None)
+
+
+def test_a_terminal_shows_the_prompt_and_why_the_text_ends(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    server.play(LIMIT)
+    assert main(["generate", "f(", "--max-tokens", "2"]) == 0
+    assert capsys.readouterr() == ("1\n2\n", "")
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True)
+    assert main(["generate", "f(", "--max-tokens", "2"]) == 0
+    dimmed = "\x1b[2m{}\x1b[22m"
+    assert capsys.readouterr() == (
+        dimmed.format("f(") + "1\n2\n", dimmed.format("[stopped after 2 tokens: --max-tokens]") + "\n"
+    )  # fmt: skip
+    assert main(["generate", "--chat", "f("]) == 0
+    assert capsys.readouterr().out == "1\n2\n"
+    server.play(say("1"))
+    assert main(["generate", "f("]) == 0
+    assert capsys.readouterr() == (dimmed.format("f(") + "1\n", "")
+    assert main(["generate", "f(", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "1"
+    server.play(refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"))
+    assert main(["generate", "f("]) == 1
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -167,6 +240,11 @@ def test_a_value_that_cannot_be_sent_is_one_line(server: FakeServer, capsys: Cap
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith("quire: error: ")
     assert server.specs == []
+
+
+def test_a_value_that_cannot_be_sent_is_named_by_its_flag(server: FakeServer, capsys: Capture) -> None:
+    assert main(["generate", "p", "--top-k", "99999999999"]) == 2
+    assert capsys.readouterr().err.startswith("quire: error: --top-k: ")
 
 
 @pytest.mark.parametrize(

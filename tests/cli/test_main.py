@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_every_command_explains_itself(capsys: Capture, name: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["nope"], ["--nope"], ["model"], ["model", "show"], ["health", "x"], ["serve", "--prot", "1"], ["serve", "x"]],
+    [["nope"], ["--nope"], ["model"], ["model", "show"], ["health", "x"], ["serve", "--prot", "1"], ["serve", "x"]],
 )
 def test_what_is_unknown_is_refused_in_one_line(capsys: Capture, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -36,6 +37,26 @@ def test_what_is_unknown_is_refused_in_one_line(capsys: Capture, arguments: list
     err = capsys.readouterr().err
     assert (caught.value.code, err.count("\n")) == (2, 1)
     assert err.startswith("quire: error: ")
+
+
+def test_without_a_command_there_is_help_and_no_success(capsys: Capture) -> None:
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(name in err for name in COMMANDS)
+
+
+def test_the_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    for version, said in ((lambda name: f"{name} 1.2", "quire quire 1.2\n"), (not_installed, "quire unknown")):
+        monkeypatch.setattr("importlib.metadata.version", version)
+        with pytest.raises(SystemExit) as caught:
+            main(["--version"])
+        assert caught.value.code == 0
+        assert capsys.readouterr().out.startswith(said)
+
+
+def not_installed(name: str) -> str:
+    raise PackageNotFoundError(name)
 
 
 HEAVY = ("grpc", "torch", "pydantic", "rich", "jinja2", "tokenizers", "numpy")
