@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from loadtest.machine import OUT, TOLERATED_SHARE, cpu_times, describe, others_share
+from loadtest.machine import OUT, cpu_times, describe, noise, others_share
 from loadtest.server import running_server
 from loadtest.targets import Answer, EngineTarget, GrpcTarget, Target
 from loadtest.timing import busy_seconds, median_and_spread, percentile
@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before = cpu_times()
         rounds = asyncio.run(measure(plan, engine, server.address))
         others = others_share(before, cpu_times())
-    if others > TOLERATED_SHARE:
-        print(f"noisy: other processes took {others:.0%} of the machine; repeat on a quiet one", file=sys.stderr)
+    if warning := noise(others):
+        print(warning, file=sys.stderr)
     document = {
         "bench": "engine and gRPC",
         "machine": describe(),

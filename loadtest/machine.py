@@ -66,3 +66,10 @@ def others_share(before: CpuTimes, after: CpuTimes) -> float:
     capacity = after.capacity - before.capacity
     theirs = (after.busy - before.busy) - (after.ours - before.ours)
     return max(0.0, theirs / capacity) if capacity else 0.0
+
+
+def noise(share: float) -> str | None:
+    """A warning about a run during which others took so much, or None where it is little enough."""
+    if share <= TOLERATED_SHARE:
+        return None
+    return f"noisy: other processes took {share:.0%} of the machine; repeat on a quiet one"

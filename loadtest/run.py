@@ -2,24 +2,26 @@
 
     python -m loadtest.run [--users 16] [--seconds 30] [--profile chat] [--out DIR] [-- flags of quire serve]
 
-The last line of output is one JSON document. Exits with 1 when a request failed or none ended.
+Prints the figures; the last line of output is one JSON document. Exits with 1 when a request failed or none ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.error import URLError
 
-from loadtest.machine import OUT, ROOT, cpu_times, describe, others_share
-from loadtest.report import Sample, read_streams, summarise, write_page
+from loadtest.machine import OUT, ROOT, cpu_times, describe, noise, others_share
+from loadtest.report import Sample, as_text, read_streams, summarise, write_page
 from loadtest.server import RunningServer, running_server
 from loadtest.workloads import PROFILES
 
@@ -28,11 +30,14 @@ SAMPLE_SECONDS = 0.5
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one load test. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     given = parse(arguments)
+    begun = datetime.now(UTC)
     given.out.mkdir(parents=True, exist_ok=True)
     streams_file = given.out / "streams.jsonl"
     with running_server(given.out / "server.log", given.serve) as server:
         print(f"the server at {server.address} was ready after {server.ready_seconds:.1f} s", flush=True)
+        print(f"{given.seconds} s with {given.users} users, {given.profile} lengths", flush=True)
         before = cpu_times()
         with sampling(server) as samples:
             run_locust(given, server.address, streams_file)
@@ -40,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     streams = read_streams(streams_file)
     summary = {
         "loadtest": given.profile,
+        "date": f"{begun:%Y-%m-%d %H:%M} UTC",
+        "command": shlex.join(["python", "-m", "loadtest.run", *arguments]),
         "machine": describe(),
         "users": given.users,
         "seconds": given.seconds,
@@ -47,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **summarise(streams),
     }
     write_page(given.out / "report.html", summary, streams, samples)
+    print(as_text(summary))
+    if warning := noise(others):
+        print(warning, file=sys.stderr, flush=True)
     print(f"wrote {given.out / 'report.html'}")
     print(json.dumps(summary))
     return 0 if streams and not summary["failed"] else 1
@@ -70,8 +80,9 @@ def run_locust(given: argparse.Namespace, address: str, streams_file: Path) -> N
     """Locust in a process of its own: it patches the standard library. Raises CalledProcessError when it breaks."""
     command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest" / "locustfile.py"), "--headless"]
     command += ["--users", str(given.users), "--spawn-rate", str(given.users), "--run-time", f"{given.seconds}s"]
-    command += ["--host", address, "--lengths", given.profile, "--streams", str(streams_file)]
+    command += ["--host", address, "--lengths", given.profile, "--streams", str(streams_file.resolve())]
     command += ["--only-summary", "--exit-code-on-error", "0", "--loglevel", "WARNING"]
+    command += ["--json-file", str(given.out.resolve() / "locust")]  # instead of tables on the console
     subprocess.run(command, check=True, cwd=ROOT, timeout=given.seconds + 120)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from loadtest import bench, run
-from loadtest.machine import CpuTimes, others_share
+from loadtest.machine import CpuTimes, noise, others_share
 from loadtest.server import ServerFailed, free_ports, parse_metrics, running_server
 
 PAGE = """# HELP quire_rejections_total Refused.
@@ -32,6 +33,11 @@ def test_what_others_took_is_the_busy_time_that_is_not_ours() -> None:
     assert others_share(CpuTimes(100, 50, 40), CpuTimes(120, 60, 51)) == 0.0
 
 
+def test_more_than_a_tenth_for_others_is_noise() -> None:
+    assert noise(0.1) is None
+    assert noise(0.234) == "noisy: other processes took 23% of the machine; repeat on a quiet one"
+
+
 @pytest.mark.e2e
 def test_a_server_that_cannot_start_is_named_with_its_log(tmp_path: Path) -> None:
     log = tmp_path / "server.log"
@@ -43,8 +49,16 @@ def test_a_server_that_cannot_start_is_named_with_its_log(tmp_path: Path) -> Non
 
 @pytest.mark.e2e
 def test_a_load_test_leaves_a_report_and_ends_with_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run.main(["--users", "2", "--seconds", "3", "--out", str(tmp_path)]) == 0
-    summary = json.loads(capfd.readouterr().out.splitlines()[-1])
+    arguments = ["--users", "2", "--seconds", "3", "--out", str(tmp_path)]
+    assert run.main(arguments) == 0
+    shown = capfd.readouterr().out
+    assert "\n3 s with 2 users, chat lengths\n" in shown
+    assert "Aggregated" not in shown
+    summary = json.loads(shown.splitlines()[-1])
+    assert f"requests: {summary['requests']} (" in shown
+    assert summary["command"] == shlex.join(["python", "-m", "loadtest.run", *arguments])
+    [statistics] = json.loads((tmp_path / "locust.json").read_text())
+    assert statistics["num_requests"] == summary["requests"]
     assert summary["failed"] == 0
     assert summary["requests"] > 0
     assert summary["output_tokens_per_second"] > 0
