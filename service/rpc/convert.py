@@ -7,10 +7,8 @@ model without a chat template is FEATURE_DISABLED: nothing is wrong with the fie
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 from model.interface import NO_LOGPROBS, ModelFacts, Sampling
 from service.errors import (
@@ -23,6 +21,7 @@ from service.errors import (
 )
 from service.generation import EndReason, GenerationRequest
 from service.pb.quire.v1 import inference_pb2 as pb
+from service.rpc.long_text import LongTextRoom
 from service.rpc.model import ServedModel
 from service.rpc.violations import Range, Violations
 from service.text.chat import EncodedChat, Message, TemplateError
@@ -36,8 +35,6 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20
 MAX_SALT_BYTES = 256
 MAX_LABEL_CHARS = 128
-LONG_TEXT_CHARS = 8192
-"""Texts longer than this are tokenised in a thread: they would hold up everyone's streams."""
 
 BIAS = Range(-100, 100)
 PRIORITY = Range(-100, 100)
@@ -51,8 +48,6 @@ SAMPLING_RANGES = {
 }
 ROLES = {pb.ROLE_SYSTEM: "system", pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
 
-T = TypeVar("T")
-
 
 class Converter:
     """Turns requests into what the rest of the front end works with. Raises QuireErrors only."""
@@ -61,13 +56,16 @@ class Converter:
         self._model = model
         self._default_deadline_seconds = default_deadline_seconds
         self._max_deadline_seconds = max_deadline_seconds
+        self._prompts = LongTextRoom()
+        self._texts = LongTextRoom()
 
     async def generation(
         self, request: pb.GenerateRequest | pb.StreamGenerateRequest, arrival: float, seconds_left: float | None
     ) -> GenerationRequest:
         """A validated generation. `seconds_left` is the caller's deadline, None when it brought none.
 
-        Raises InvalidField, ModelNotFound, FeatureDisabled, ContextLengthExceeded, ExceedsKvCapacity, ServerStarting.
+        Raises InvalidField, ModelNotFound, FeatureDisabled, ContextLengthExceeded, ExceedsKvCapacity, ServerStarting;
+        QueueFull where too many long texts are waiting to be tokenised.
         """
         facts, spec = self._model.facts, request.spec
         violations = Violations()
@@ -114,8 +112,8 @@ class Converter:
         if self._model.is_known:  # the bound is the context's, of which nothing is known while the model is loaded
             self._check_chars(len(request.text) + sum(len(message.content) for message in request.chat.messages))
         if kind == "chat":
-            return await self._encode_chat(request.chat, "chat")
-        return EncodedChat(await self._encode_text(request.text), "")
+            return await self._encode_chat(request.chat, "chat", self._texts)
+        return EncodedChat(await self._encode_text(request.text, self._texts), "")
 
     async def text(self, request: pb.DetokenizeRequest) -> str:
         """Text of token ids."""
@@ -126,7 +124,9 @@ class Converter:
             _check_ids(ids, "token_ids", facts.vocab_size, violations)
         violations.raise_any()
         self.check_model(request.model)
-        return await _off_loop(len(ids), lambda: self._model.tokenizer.decode(list(ids), request.keep_special_tokens))
+        return await self._texts.run(
+            len(ids), lambda: self._model.tokenizer.decode(list(ids), request.keep_special_tokens)
+        )
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFound unless it is the served one, or left to the server."""
@@ -151,19 +151,19 @@ class Converter:
             return list(spec.token_ids.ids)
         if kind == "chat":
             self._check_chars(sum(len(message.content) for message in spec.chat.messages))
-            ids = (await self._encode_chat(spec.chat, "spec.chat")).token_ids
+            ids = (await self._encode_chat(spec.chat, "spec.chat", self._prompts)).token_ids
         else:
             self._check_chars(len(spec.text))
-            ids = await self._encode_text(spec.text)
+            ids = await self._encode_text(spec.text, self._prompts)
         if not ids:
             raise _invalid(f"spec.{kind}", "must give at least one token")
         self._check_length(len(ids))
         return ids
 
-    async def _encode_text(self, text: str) -> list[int]:
-        return await _off_loop(len(text), lambda: self._model.tokenizer.encode(text))
+    async def _encode_text(self, text: str, room: LongTextRoom) -> list[int]:
+        return await room.run(len(text), lambda: self._model.tokenizer.encode(text))
 
-    async def _encode_chat(self, chat: pb.Chat, field: str) -> EncodedChat:
+    async def _encode_chat(self, chat: pb.Chat, field: str, room: LongTextRoom) -> EncodedChat:
         template, tokenizer = self._model.chat, self._model.tokenizer
         if template is None:
             raise FeatureDisabled(metadata={"feature": "chat"})
@@ -171,7 +171,7 @@ class Converter:
         opens_turn = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
         num_chars = sum(len(message.content) for message in messages)
         try:
-            return await _off_loop(num_chars, lambda: template.encode(messages, tokenizer, opens_turn))
+            return await room.run(num_chars, lambda: template.encode(messages, tokenizer, opens_turn))
         except TemplateError:
             raise _invalid(f"{field}.messages", "the model's chat template does not take this conversation") from None
 
@@ -291,8 +291,3 @@ def _check_ids(ids: Sequence[int], field: str, vocab_size: int, violations: Viol
 
 def _invalid(field: str, must: str) -> InvalidField:
     return InvalidField(violations=[FieldViolation(field, must)])
-
-
-async def _off_loop(num_chars: int, work: Callable[[], T]) -> T:
-    """Does the work here when it is short, in a thread otherwise."""
-    return await asyncio.to_thread(work) if num_chars > LONG_TEXT_CHARS else work()

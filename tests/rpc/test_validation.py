@@ -1,6 +1,8 @@
 """What the door refuses, and that it tells everything at once, whatever the numbers, names and sizes."""
 
+import asyncio
 import math
+import threading
 from pathlib import Path
 
 import grpc
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from service.engine.guard import is_sound
 from service.pb.quire.v1 import inference_pb2 as pb
 from service.rpc import convert
+from service.rpc.long_text import MAX_OPEN
 from service.text.chat import PRIVATE_USE
 from tests.rpc.conftest import failure_of, failure_of_stream
 from tests.rpc.fake_engine import FakeEngine, hello
@@ -222,6 +225,32 @@ async def test_a_long_text_is_tokenised_beside_the_event_loop(serve, tokenizer):
     text = "word " * 10_000
     answer = await served.stub.Generate(pb.GenerateRequest(spec=spec(1, text=text)))
     assert answer.started.prompt_tokens == len(tokenizer.encode(text))
+
+
+async def test_long_texts_wait_in_a_bounded_queue_that_holds_up_no_prompt(serve, tokenizer, monkeypatch):
+    served = await serve(FakeEngine(greeting=hello(context_length=100_000, num_blocks=10_000)))
+    gate, encode = threading.Event(), type(tokenizer).encode
+
+    def encode_when_told(self, text, *arguments, **options):
+        if text.startswith("slow"):
+            gate.wait(30)
+        return encode(self, text, *arguments, **options)
+
+    monkeypatch.setattr(type(tokenizer), "encode", encode_when_told)
+    slow, num_refused = pb.TokenizeRequest(text="slow " * 5_000), 5
+    calls = {asyncio.ensure_future(served.stub.Tokenize(slow)) for _ in range(MAX_OPEN + num_refused)}
+    try:
+        await served.until(lambda: sum(call.done() for call in calls) == num_refused)
+        refused_calls = {call for call in calls if call.done()}
+        for call in refused_calls:
+            failure = await failure_of(call)
+            assert (failure.reason, failure.metadata["queueDepth"]) == ("QUEUE_FULL", str(MAX_OPEN))
+        assert (await served.stub.Tokenize(pb.TokenizeRequest(text="short"))).token_ids
+        prompt = pb.GenerateRequest(spec=spec(1, text="word " * 5_000))
+        assert (await served.stub.Generate(prompt)).output.num_tokens == 1
+    finally:
+        gate.set()
+    assert all(len(answer.token_ids) > 4_000 for answer in await asyncio.gather(*(calls - refused_calls)))
 
 
 async def test_what_can_never_fit_the_pool_is_refused(serve, tokenizer):

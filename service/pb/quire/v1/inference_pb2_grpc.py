@@ -95,6 +95,7 @@ class InferenceServiceServicer:
 
     def Tokenize(self, request, context):
         """Turns text, or a conversation through the model's chat template, into token ids.
+        While too many long texts wait to be tokenised, more are refused with QUEUE_FULL; the same holds for long prompts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
