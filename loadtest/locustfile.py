@@ -2,10 +2,10 @@
 
     locust -f loadtest/locustfile.py --headless -u 16 -r 16 -t 30s --host 127.0.0.1:50051 --lengths chat
 
-A closed loop: a user sends its next request when its last one has ended. Locust's statistics get one request per
-stream, with its time from request to end, so that locust's totals count requests and nothing else. With --streams FILE,
-every stream is also written as one JSON line, from which loadtest.report takes TTFT and ITL too; streams that the end
-of the test cut off are left out of both.
+A closed loop: a user sends its next request when its last one has ended. Locust's statistics get three events: `ttft`
+once per stream that had a token, `itl` for every gap between two tokens, `e2e` once per stream, failed ones under their
+reason; its totals add them all up and mean nothing. With --streams FILE, every stream is also written as one JSON line,
+from which loadtest.report makes its page; streams that the end of the test cut off are left out of both.
 """
 
 from __future__ import annotations
@@ -118,11 +118,18 @@ class StreamingUser(User):
 
     def _report(self, times: StreamTimes, error: QuireClientError | None) -> None:
         self.record.write(times)
+        if times.arrivals:
+            self._fire("ttft", times.ttft_seconds, 0, None)
+            for gap in times.gaps():
+                self._fire("itl", gap, 0, None)
+        self._fire("e2e", times.e2e_seconds, times.num_tokens, error)
+
+    def _fire(self, name: str, seconds: float, size: int, error: Exception | None) -> None:
         self.environment.events.request.fire(
             request_type="grpc",
-            name="stream",
-            response_time=1_000 * times.e2e_seconds,
-            response_length=times.num_tokens,
+            name=name,
+            response_time=1_000 * seconds,
+            response_length=size,
             exception=error,
             context={},
         )

@@ -57,8 +57,9 @@ def test_a_load_test_leaves_a_report_and_ends_with_json(tmp_path: Path, capfd: p
     summary = json.loads(shown.splitlines()[-1])
     assert f"requests: {summary['requests']} (" in shown
     assert summary["command"] == shlex.join(["python", "-m", "loadtest.run", *arguments])
-    [statistics] = json.loads((tmp_path / "locust.json").read_text())
-    assert statistics["num_requests"] == summary["requests"]
+    counts = {entry["name"]: entry["num_requests"] for entry in json.loads((tmp_path / "locust.json").read_text())}
+    assert counts.keys() == {"ttft", "itl", "e2e"}
+    assert counts["e2e"] == summary["requests"]
     assert summary["failed"] == 0
     assert summary["requests"] > 0
     assert summary["output_tokens_per_second"] > 0
