@@ -41,7 +41,7 @@ def _map(num_bytes: int) -> Tensor:
     try:
         mapped = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:
-        raise ValueError(f"no memory for {num_bytes} bytes of packed weights") from None
+        raise ValueError(f"no memory for {num_bytes} bytes") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # A system may be built without them.
         with contextlib.suppress(OSError):

@@ -137,14 +137,32 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class Quantization(StrEnum):
+    """What the weights of the matrices are kept as."""
+
+    NONE = "none"
+    INT8 = "int8"
+
+
+class Backend(StrEnum):
+    """What computes a step: the compiled kernels, or torch's operators."""
+
+    AUTO = "auto"
+    NATIVE = "native"
+    TORCH = "torch"
+
+
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
     """What a runner is built from. `model_dir` is a Hugging Face directory."""
 
     model_dir: str
     dtype: Dtype = Dtype.BFLOAT16
-    attention: str = "auto"
-    linear: str = "auto"
+    quantization: Quantization = Quantization.NONE
+    backend: Backend = Backend.AUTO
+    """AUTO is NATIVE where the kernels were built and take the model."""
+    cpu_level: str | None = None
+    """Instruction set level of the kernels; None for the fastest one that runs here."""
     block_size: int = 16
     kv_cache_bytes: int = 256 * 2**20
     num_blocks: int | None = None
@@ -154,6 +172,7 @@ class RunnerOptions:
     context_length: int | None = None
     """Shortens the model's own context."""
     num_threads: int | None = None
+    """None for what the process may use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +188,11 @@ class ModelFacts:
     num_parameters: int
     weight_bytes: int
     kv_bytes_per_token: int
-    attention_backend: str
-    linear_backend: str
+    quantization: str
+    backend: str
+    """What computes: "native", "torch"."""
+    cpu_level: str
+    """The kernels' instruction set level; empty where torch computes."""
     num_threads: int
     default_temperature: float = 1.0
     default_top_k: int = 0

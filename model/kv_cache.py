@@ -9,30 +9,61 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.attention.base import AttentionPlan
+from model.attention.base import AttentionPlan, Layout
 from model.config import ModelConfig
+from model.huge_pages import HugePages
 from model.interface import Dtype
 
 
+GROUP = 16
+"""Positions whose keys lie together in the layout DOTS."""
+WORD_BYTES = 4
+
+
 class KVCache:
-    """Keys and values of each layer: [num_blocks, K, block_size, D], zero at first.
+    """Keys and values of each layer, zero at first.
 
     A released block keeps its old content; its next owner writes a position before any row sees it.
     """
 
-    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
-        """Raises ValueError when there is no memory for so many blocks."""
-        shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        layout: Layout = Layout.PLAIN,
+    ) -> None:
+        """Raises ValueError when there is no memory for so many blocks, or the layout does not take their size."""
+        if layout is Layout.DOTS and block_size % GROUP:
+            raise ValueError(f"block_size: the native backend takes multiples of {GROUP}, not {block_size}")
+        self.layout = layout
+        self.block_size = block_size
+        self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
+        k_shape = v_shape = (block_size, self.head_dim)
+        self._per_word = WORD_BYTES // dtype.itemsize
+        if layout is Layout.DOTS:
+            k_shape = (block_size // GROUP, self.head_dim // self._per_word, GROUP, self._per_word)
+            v_shape = (block_size // self._per_word, self.head_dim, self._per_word)
+        memory, heads = HugePages(), (num_blocks, self.num_kv_heads)
         try:
-            self.k = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_layers)]
-            self.v = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_layers)]
-        except RuntimeError:
+            self.k = [memory.zeros(*heads, *k_shape, dtype=dtype) for _ in range(config.num_layers)]
+            self.v = [memory.zeros(*heads, *v_shape, dtype=dtype) for _ in range(config.num_layers)]
+        except ValueError:
             raise ValueError(f"no memory for a key/value cache of {num_blocks} blocks") from None
 
     def write(self, layer: int, k_TKD: Tensor, v_TKD: Tensor, plan: AttentionPlan) -> None:
         """Stores the step's new keys and values at the places that the plan names."""
-        self.k[layer][plan.write_blocks_T, :, plan.write_offsets_T] = k_TKD
-        self.v[layer][plan.write_blocks_T, :, plan.write_offsets_T] = v_TKD
+        blocks_T, offsets_T = plan.write_blocks_T, plan.write_offsets_T
+        if self.layout is Layout.PLAIN:
+            self.k[layer][blocks_T, :, offsets_T] = k_TKD
+            self.v[layer][blocks_T, :, offsets_T] = v_TKD
+            return
+        words_TKWN = k_TKD.unflatten(-1, (-1, self._per_word))
+        self.k[layer][blocks_T, :, offsets_T // GROUP, :, offsets_T % GROUP] = words_TKWN
+        # The second of a pair is read, with weight zero, before it is written: it must not be a former owner's NaN.
+        self.v[layer][blocks_T, :, offsets_T // self._per_word, :, self._per_word - 1] = 0
+        self.v[layer][blocks_T, :, offsets_T // self._per_word, :, offsets_T % self._per_word] = v_TKD
 
 
 def affordable_blocks(config: ModelConfig, budget_bytes: int, block_size: int, dtype: Dtype) -> int:

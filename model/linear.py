@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model.interface import Quantization
 from model.linear_native import NativeLinears
+from model.native.library import Kernels
+from model.operators import silu_mul
+from model.quantize import encode, multiply
 
 Product = Callable[[Tensor], Tensor]
 """x [M, I] to x W^T + b [M, O], same dtype, for a weight and bias that it holds."""
@@ -56,6 +60,10 @@ class RowRule:
 class Linear(Protocol):
     """One matrix, packed."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+
     def __call__(self, x_MI: Tensor, residual_MO: Tensor | None = None) -> Tensor:
         """residual + (x W^T + b) for M >= 1 rows: [M, O]; the product is rounded to the dtype before it is added.
 
@@ -66,9 +74,10 @@ class Linear(Protocol):
 class RuledLinear:
     """A product of a library, and the row rule that makes its bits independent of the load."""
 
-    def __init__(self, product: Product, rule: RowRule) -> None:
+    def __init__(self, product: Product, rule: RowRule, num_bytes: int = 0) -> None:
         self._product = product
         self._rule = rule
+        self.num_bytes = num_bytes
 
     def __call__(self, x_MI: Tensor, residual_MO: Tensor | None = None) -> Tensor:
         """See Linear."""
@@ -86,38 +95,84 @@ class RuledLinear:
         return torch.cat([self._product(tile.clone()) for tile in torch.split(x_MI, self._rule.tile)])[:num_rows]
 
 
-class LinearPacker:
-    """Makes the linears of one backend; tests each shape once and remembers the rule that held."""
+class CodedLinear:
+    """8-bit codes by torch's own operators, one row like another: slow, and what the compiled one must equal."""
 
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
-        """Takes "native" (compiled), "onednn" (prepacked), "plain", or "auto": the first that works for this dtype.
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        self._weight = encode(weight_OI)
+        self._bias_O = bias_O
+        self.num_bytes = self._weight.codes.nbytes + self._weight.scales.nbytes
+
+    def __call__(self, x_MI: Tensor, residual_MO: Tensor | None = None) -> Tensor:
+        """See Linear."""
+        y_MO = multiply(encode(x_MI), self._weight, self._bias_O).to(x_MI.dtype)
+        return y_MO if residual_MO is None else residual_MO + y_MO
+
+
+class GatedLinear:
+    """Two matrices in one: silu(gate) * up of a linear whose outputs are gate and up."""
+
+    def __init__(self, linear: Linear) -> None:
+        self._linear = linear
+        self.num_bytes = linear.num_bytes
+
+    def __call__(self, x_MI: Tensor, residual_MO: Tensor | None = None) -> Tensor:
+        """See Linear; O is half of the matrix's outputs."""
+        assert residual_MO is None, "nothing is added to a gated product"
+        return silu_mul(self._linear(x_MI))
+
+
+class LinearPacker:
+    """Makes the linears of one backend; tests each shape of a library's once and remembers the rule that held."""
+
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        quantization: Quantization = Quantization.NONE,
+        kernels: Kernels | None = None,
+    ) -> None:
+        """Takes "native" (compiled, needs `kernels`), "onednn" (prepacked), "plain", or "torch": the better of the two.
 
         Raises ValueError when the name is unknown, or the backend is not available here.
         """
-        self._native: NativeLinears | None = None
-        if name in ("auto", "native"):
-            try:
-                self._native, name = NativeLinears(dtype), "native"
-            except ValueError:
-                if name == "native":
-                    raise
-                name = "onednn" if dtype is torch.bfloat16 and _has_onednn(dtype) else "plain"
-        elif name not in _LIBRARIES:
-            raise ValueError(f"unknown linear backend {name!r}: expected one of {['auto', 'native', *_LIBRARIES]}")
+        if name == "torch":
+            name = "onednn" if dtype is torch.bfloat16 and _has_onednn(dtype) else "plain"
+        if name != "native" and name not in _LIBRARIES:
+            raise ValueError(f"unknown linear backend {name!r}: expected one of {['native', 'torch', *_LIBRARIES]}")
         if name == "onednn" and not _has_onednn(dtype):
             raise ValueError(f"linear backend 'onednn' does not compute {dtype} on this machine")
         self.name = name
+        self._has_codes = quantization is Quantization.INT8
+        self._native: NativeLinears | None = None
+        if name == "native":
+            assert kernels is not None, "native linears need the kernels"
+            self._native = NativeLinears(kernels, dtype, has_codes=self._has_codes)
         self._rules: dict[tuple[int, int, bool], RowRule] = {}
 
     def pack(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Linear:
         """Packs one matrix. The weight may be released afterwards."""
         if self._native is not None:
             return self._native.pack(weight_OI, bias_O)
+        if self._has_codes:
+            return CodedLinear(weight_OI, bias_O)
         product = _LIBRARIES[self.name](weight_OI, bias_O)
         key = (*weight_OI.shape, bias_O is not None)
         if key not in self._rules:
             self._rules[key] = find_rule(product, weight_OI, bias_O)
-        return RuledLinear(product, self._rules[key])
+        return RuledLinear(product, self._rules[key], weight_OI.nbytes)
+
+    def pack_gated(self, gate_up: Tensor, bias: Tensor | None = None) -> Linear:
+        """Packs gate and up [2 F, I] to one linear that gives silu(gate) * up [M, F]."""
+        if self._native is not None:
+            return self._native.pack(gate_up, bias, is_gated=True)
+        return GatedLinear(self.pack(gate_up, bias))
+
+    def pack_unembedding(self, weight_VE: Tensor) -> Linear:
+        """Packs the last matrix, whose results are logits: float32 that nothing has rounded, where the backend can."""
+        if self._native is not None:
+            return self._native.pack(weight_VE, keeps_float32=True)
+        return self.pack(weight_VE)
 
     @property
     def num_tiled(self) -> int:

@@ -1,111 +1,154 @@
-"""Matrix products by the C kernel of model/native/linear.c: packed once, and the same bits at any load by construction.
+"""Matrix products by the C kernels of model/native: packed once, and the same bits at any load by construction.
 
-The layout of a packed weight and the promise of equal bits are written at the top of the C file. Shape letters: M rows,
-I inputs, O outputs.
+The layout of a packed weight and the promise of equal bits are written at the top of model/native/matrix.h. Shape
+letters: M rows, I inputs, O outputs, F outputs of each half of a gated matrix.
 """
 
 from __future__ import annotations
 
 import ctypes
+from enum import IntEnum
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from model.huge_pages import HugePages
-from model.native.library import open_library
+from model.native.library import Kernels
+from model.quantize import encode
 
-CACHE_BYTES = 24 << 20
-"""Weights of all matrices together that a last-level cache may be expected to keep from one step to the next."""
+WORD_BYTES = 4
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 
 
-class _Matrix(ctypes.Structure):
-    """The C struct `Matrix` of linear.c, field by field."""
+class Numbers(IntEnum):
+    """What a packed matrix holds: the C enum of matrix.h."""
+
+    FLOATS = 0
+    BF16S = 1
+    CODES = 2
+
+
+class Matrix(ctypes.Structure):
+    """The C struct `Matrix` of matrix.h, field by field."""
 
     _fields_ = (
-        ("words", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("num_outputs", "num_words", "is_bf16")),
+        *((name, _POINTER) for name in ("words", "bias", "scales", "offsets")),
+        *((name, _INT) for name in ("num_outputs", "num_words", "numbers", "is_gated")),
     )
 
 
 class NativeLinears:
-    """Packs matrices of one dtype; `level` names the instruction set in use.
+    """Packs matrices whose inputs and results are of one dtype, as they are or as 8-bit codes."""
 
-    `is_cached` says whether all of them are small enough together to stay in a cache.
-    """
-
-    def __init__(self, dtype: torch.dtype, level: str | None = None) -> None:
-        """Opens the kernel, at the given level of model/native/levels.py or the fastest one.
-
-        Raises ValueError for a dtype that it does not take, or when it is not built or cannot run here.
-        """
+    def __init__(self, kernels: Kernels, dtype: torch.dtype, *, has_codes: bool = False) -> None:
+        """Raises ValueError for a dtype that the kernels do not take."""
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"native linears take bfloat16 and float32, not {dtype}")
-        library, found = open_library("linear", level)
-        self.level = found.name
-        self.tile: int = library.quire_linear_tile()
+        library = kernels.library
         self.dtype = dtype
+        self.has_codes = has_codes
+        self.tile: int = library.quire_tile()
+        self.code_offset: int = library.quire_code_offset()
         self.memory = HugePages()
-        self.is_cached = True
-        self._num_bytes = 0
-        self.widens = dtype is torch.bfloat16 and bool(library.quire_linear_widens())
-        self.multiply = library.quire_linear
-        self.multiply.argtypes = (ctypes.POINTER(_Matrix), *(ctypes.c_void_p,) * 3, *(ctypes.c_int,) * 3)
+        self.multiply = library.quire_multiply
+        self.multiply.argtypes = (ctypes.POINTER(Matrix), *(_POINTER,) * 5, *(_INT,) * 5)
         self.multiply.restype = None
 
-    def pack(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> NativeLinear:
-        """Packs one matrix. The weight may be released afterwards."""
-        self._num_bytes += weight_OI.nbytes
-        self.is_cached = self._num_bytes <= CACHE_BYTES
-        return NativeLinear(self, weight_OI, bias_O)
+    def pack(
+        self, weight_OI: Tensor, bias_O: Tensor | None = None, *, is_gated: bool = False, keeps_float32: bool = False
+    ) -> NativeLinear:
+        """Packs one matrix. The weight may be released afterwards.
+
+        A gated one [2 F, I] holds gate and up, one after the other, and gives silu(gate) * up [M, F]. `keeps_float32`:
+        results are not rounded to the dtype.
+        """
+        return NativeLinear(self, weight_OI, bias_O, is_gated, keeps_float32)
 
 
 class NativeLinear:
     """One packed matrix."""
 
-    def __init__(self, kernel: NativeLinears, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        assert weight_OI.dtype is kernel.dtype
-        self._kernel = kernel
-        self._num_outputs, self._num_inputs = weight_OI.shape
-        self._words = pack_words(weight_OI, kernel.tile, kernel.memory)
-        num_tiles, num_words, _ = self._words.shape
-        self._bias = torch.zeros(num_tiles * kernel.tile)
-        if bias_O is not None:
-            self._bias[: self._num_outputs] = bias_O
-        sizes = (self._num_outputs, num_words, kernel.dtype is torch.bfloat16)
-        self._matrix = _Matrix(self._words.data_ptr(), self._bias.data_ptr(), *sizes)
+    def __init__(
+        self, linears: NativeLinears, weight_OI: Tensor, bias_O: Tensor | None, is_gated: bool, keeps_float32: bool
+    ) -> None:
+        assert weight_OI.dtype is linears.dtype
+        self._linears = linears
+        self._result_dtype = torch.float32 if keeps_float32 else linears.dtype
+        num_outputs, self._num_inputs = weight_OI.shape
+        half = linears.tile // 2 if is_gated else None
+        self._bias = _in_tiles(weight_OI.new_zeros(num_outputs) if bias_O is None else bias_O, linears.tile, half)
+        self._bias = self._bias.float()
+        self._scales = self._offsets = None
+        if linears.has_codes:
+            codes_OI, scales_O = encode(weight_OI)
+            self._words = pack_words(_in_tiles(codes_OI, linears.tile, half), linears.tile, linears.memory)
+            self._scales = _in_tiles(scales_O, linears.tile, half)
+            sums_O = codes_OI.sum(1, dtype=torch.int32)
+            self._offsets = _in_tiles(linears.code_offset * sums_O, linears.tile, half)
+        else:
+            self._words = pack_words(_in_tiles(weight_OI, linears.tile, half), linears.tile, linears.memory)
+        numbers = Numbers.CODES if linears.has_codes else _NUMBERS[linears.dtype]
+        self._num_outputs = num_outputs // 2 if is_gated else num_outputs
+        self.struct = Matrix(
+            *(_pointer(tensor) for tensor in (self._words, self._bias, self._scales, self._offsets)),
+            *(self._num_outputs, self._words.shape[1], numbers, is_gated),
+        )
+        """For the kernels; it lives as long as this object."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the packed matrix takes."""
+        return sum(one.nbytes for one in (self._words, self._bias, self._scales, self._offsets) if one is not None)
 
     def __call__(self, x_MI: Tensor, residual_MO: Tensor | None = None) -> Tensor:
         """See model.linear.Linear."""
-        kernel, (num_rows, num_inputs) = self._kernel, x_MI.shape
-        assert num_inputs == self._num_inputs and x_MI.dtype is kernel.dtype and x_MI.is_contiguous()
-        y_MO = x_MI.new_empty(num_rows, self._num_outputs)
-        residual = None
+        linears, (num_rows, num_inputs) = self._linears, x_MI.shape
+        assert num_inputs == self._num_inputs and x_MI.dtype is linears.dtype and x_MI.is_contiguous()
+        y_MO = x_MI.new_empty(num_rows, self._num_outputs, dtype=self._result_dtype)
         if residual_MO is not None:
-            assert residual_MO.shape == y_MO.shape and residual_MO.dtype is kernel.dtype and residual_MO.is_contiguous()
-            residual = residual_MO.data_ptr()
-        if kernel.dtype is torch.bfloat16 and num_inputs % 2:
-            x_MI = functional.pad(x_MI, (0, 1))
-        if kernel.widens:
-            x_MI = x_MI.float()
-        pointers = (x_MI.data_ptr(), residual, y_MO.data_ptr())
-        kernel.multiply(self._matrix, *pointers, num_rows, kernel.is_cached, torch.get_num_threads())
+            assert residual_MO.shape == y_MO.shape and residual_MO.dtype is y_MO.dtype and residual_MO.is_contiguous()
+        codes = scales = None
+        num_words = self.struct.num_words
+        if linears.has_codes:
+            codes = torch.empty(num_rows, num_words * WORD_BYTES, dtype=torch.uint8)
+            scales = torch.empty(num_rows)
+        elif num_inputs * x_MI.itemsize != num_words * WORD_BYTES:
+            x_MI = torch.nn.functional.pad(x_MI, (0, 1))
+        pointers = (_pointer(tensor) for tensor in (x_MI, residual_MO, y_MO, codes, scales))
+        types = (linears.dtype is torch.bfloat16, y_MO.dtype is torch.bfloat16)
+        linears.multiply(self.struct, *pointers, num_rows, num_inputs, *types, torch.get_num_threads())
         return y_MO
 
 
-def pack_words(weight_OI: Tensor, tile: int, memory: HugePages) -> Tensor:
-    """The weight as int32 words [tiles, words of a row, tile]: float32 each, or bfloat16 pairs; padded with zeros."""
-    num_outputs, num_inputs = weight_OI.shape
-    per_word = 4 // weight_OI.itemsize
-    if num_inputs % per_word:
-        weight_OI = functional.pad(weight_OI, (0, 1))
-    words_OW = weight_OI.contiguous().view(torch.int32)
-    num_tiles, num_words = -(-num_outputs // tile), words_OW.shape[1]
-    packed_TWO = memory.zeros(num_tiles, num_words, tile, dtype=torch.int32)
-    num_whole = num_outputs // tile
-    packed_TWO[:num_whole] = words_OW[: num_whole * tile].view(num_whole, tile, num_words).transpose(1, 2)
-    if num_whole < num_tiles:
-        rest_OW = words_OW[num_whole * tile :]
-        packed_TWO[num_whole, :, : rest_OW.shape[0]] = rest_OW.T
-    return packed_TWO
+_NUMBERS = {torch.float32: Numbers.FLOATS, torch.bfloat16: Numbers.BF16S}
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _in_tiles(outputs: Tensor, tile: int, half: int | None) -> Tensor:
+    """Rows in the order in which tiles hold them, filled up with zeros to whole tiles.
+
+    Those of a gated matrix alternate: `half` rows of the gate, then the same rows of the other.
+    """
+    parts = [outputs] if half is None else list(outputs.chunk(2))
+    padded = [torch.nn.functional.pad(part, _padding(part, half or tile)) for part in parts]
+    if half is None:
+        return padded[0].contiguous()
+    gate, up = (part.view(-1, half, *part.shape[1:]) for part in padded)
+    return torch.cat((gate, up), dim=1).flatten(0, 1)
+
+
+def _padding(rows: Tensor, multiple: int) -> tuple[int, ...]:
+    """For `pad`, which counts dimensions from the last: zeros behind the first dimension."""
+    return (*(0, 0) * (rows.dim() - 1), 0, -len(rows) % multiple)
+
+
+def pack_words(rows_OI: Tensor, tile: int, memory: HugePages) -> Tensor:
+    """Whole tiles of rows as int32 words [tiles, words of a row, tile]; rows are filled up with zeros to whole words."""
+    per_word = WORD_BYTES // rows_OI.itemsize
+    padded_OI = torch.nn.functional.pad(rows_OI, (0, -rows_OI.shape[1] % per_word))
+    words_TOW = padded_OI.contiguous().view(torch.int32).view(len(rows_OI) // tile, tile, -1)
+    packed_TWO = memory.zeros(words_TOW.shape[0], words_TOW.shape[2], tile, dtype=torch.int32)
+    return packed_TWO.copy_(words_TOW.transpose(1, 2))

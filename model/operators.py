@@ -1,6 +1,7 @@
 """What a layer computes between its matrix products and its attention: norm, gated activation, rotary positions.
 
-The functions here are the specification, in torch; model/operators_native.py has compiled twins. Every one treats each
+The functions here are the specification, in torch; model/operators_native.py has compiled twins (that of `silu_mul`
+is part of the native gated product). Every one treats each
 token by itself, so that a token's bits do not depend on the others in the step. Shape letters:
 
     T tokens of the step   E hidden size   F intermediate size
@@ -10,7 +11,6 @@ token by itself, so that a token's bits do not depend on the others in the step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,6 @@ class Operators(NamedTuple):
     """One way to compute them; see the functions of the same names."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    silu_mul: Callable[[Tensor], Tensor]
     rotate_and_write: Callable[[Tensor, tuple[Tensor, Tensor], KVCache, int, AttentionPlan], Tensor]
 
 
@@ -56,21 +55,10 @@ def rotate_and_write(
 
     `rotation` is what RotaryTables.at() gives for the step's positions.
     """
-    num_kv_heads = cache.k[layer].shape[1]
+    num_kv_heads = cache.num_kv_heads
     qk_TND = rotate(qkv_TND[:, :-num_kv_heads], *rotation)
     cache.write(layer, qk_TND[:, -num_kv_heads:], qkv_TND[:, -num_kv_heads:], plan)
     return qk_TND[:, :-num_kv_heads].contiguous()
 
 
-TORCH = Operators(rms_norm, silu_mul, rotate_and_write)
-
-
-def load_operators(linear: str, dtype: torch.dtype) -> Operators:
-    """The compiled operators beside the linear backend "native", torch's beside any other.
-
-    Raises ValueError when the compiled ones are not built or cannot run here.
-    """
-    if linear != "native":
-        return TORCH
-    load: Callable[[torch.dtype], Operators] = import_module("model.operators_native").load
-    return load(dtype)
+TORCH = Operators(rms_norm, rotate_and_write)

@@ -20,13 +20,13 @@ class RotaryTables:
         angles_PD = torch.outer(torch.arange(num_positions).float(), inverse_frequencies(rope, head_dim)).repeat(1, 2)
         sign_D = torch.ones(head_dim)
         sign_D[: head_dim // 2] = -1
-        self._cos_PD = angles_PD.cos()
+        self.cos_PD = angles_PD.cos()
         # The minus of rotate_half(x) = (-right, left) is kept in the table: exact, and one operator less for each call.
-        self._signed_sin_PD = angles_PD.sin() * sign_D
+        self.signed_sin_PD = angles_PD.sin() * sign_D
 
     def at(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [T, 1, D] for `rotate`."""
-        return self._cos_PD[positions_T].unsqueeze(1), self._signed_sin_PD[positions_T].unsqueeze(1)
+        return self.cos_PD[positions_T].unsqueeze(1), self.signed_sin_PD[positions_T].unsqueeze(1)
 
 
 def rotate(x_TND: Tensor, cos_T1D: Tensor, signed_sin_T1D: Tensor) -> Tensor:

@@ -11,20 +11,28 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from model.attention.base import AttentionBackend, load_attention
+from model.backend import Assembled, Forward, assemble, choose_kernels
 from model.config import FAMILIES, ModelConfig, load_config
 from model.families.base import TensorMap
 from model.inputs import SlotTables, prepare
-from model.interface import Admission, Batch, ModelFacts, Pending, Row, RunnerOptions, RunnerShape, Sampled, Sampling
-from model.kv_cache import KVCache, affordable_blocks
-from model.linear import LinearPacker
-from model.operators import load_operators
+from model.interface import (
+    Admission,
+    Backend,
+    Batch,
+    ModelFacts,
+    Pending,
+    Row,
+    RunnerOptions,
+    RunnerShape,
+    Sampled,
+    Sampling,
+)
+from model.kv_cache import affordable_blocks
+from model.native.library import Kernels
 from model.sampling import Sampler
 from model.threads import available_cpus
-from model.transformer import Transformer
-from model.weights import LoadedWeights, Progress, load_weights
+from model.weights import Progress, load_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -41,11 +49,10 @@ class Done:
 
 
 class TorchRunner:
-    """Computes steps with one transformer, one cache and one set of slots. See model.interface.Runner."""
+    """Computes steps of one model with one set of slots. See model.interface.Runner."""
 
-    def __init__(self, transformer: Transformer, cache: KVCache, shape: RunnerShape) -> None:
-        self._transformer = transformer
-        self._cache = cache
+    def __init__(self, forward: Forward, shape: RunnerShape) -> None:
+        self._forward = forward
         self._shape = shape
         self._tables = SlotTables(shape.num_slots, shape.context_length, shape.num_blocks, shape.block_size)
         self._sampler = Sampler(shape.num_slots, shape.vocab_size, self._tables.tokens)
@@ -62,12 +69,10 @@ class TorchRunner:
         for row in batch.rows:
             if row.admission is not None:
                 self._sampler.admit(row.slot, row.admission)
-        logits_WV = self._transformer.forward(
-            inputs.ids_T, inputs.positions_T, self._cache, inputs.plan, inputs.wanted_W
-        )
+        logits = self._forward(inputs)
         if not inputs.wanted_slots:
             return Done(Sampled())
-        sampled = self._sampler.sample(logits_WV, inputs.wanted_slots, inputs.wanted_positions)
+        sampled = self._sampler.sample(logits, inputs.wanted_slots, inputs.wanted_positions)
         self._tables.append(inputs.wanted_slots, inputs.wanted_positions, sampled.token_ids)
         return Done(sampled)
 
@@ -80,21 +85,18 @@ def load_runner(options: RunnerOptions, progress: Progress | None = None) -> tup
     shape = _plan_shape(config, options)
     tensor_map: TensorMap = import_module(FAMILIES[config.architecture]).tensor_map(config)
     dtype = getattr(torch, options.dtype.value)
-    attention = load_attention(options.attention, dtype, config.head_dim)
-    packer = LinearPacker(options.linear, dtype)
-    operators = load_operators(packer.name, dtype)
+    kernels = choose_kernels(options.backend, options.cpu_level, config, dtype, options.block_size)
     weights = load_weights(Path(options.model_dir), tensor_map, dtype, progress)
-    facts = _facts(config, options, weights, attention, packer, num_threads)
+    num_parameters = sum(parameter.numel() for parameter in weights.parameters.values())
     with torch.inference_mode():
-        transformer = Transformer(config, weights.parameters, packer, attention, operators, shape.context_length)
-        cache = KVCache(config, shape.num_blocks, shape.block_size, dtype)
-    if packer.num_tiled:
-        _logger.warning("linear backend %s: %d shapes run in fixed tiles, slower", packer.name, packer.num_tiled)
+        model = assemble(config, weights.parameters, shape, dtype, options.quantization, kernels)
+    if model.packer.num_tiled:
+        _logger.warning("%s linears: %d shapes run in fixed tiles, slower", model.packer.name, model.packer.num_tiled)
     if weights.unused:
         _logger.info("tensors not used: %s", ", ".join(weights.unused))
-    runner = TorchRunner(transformer, cache, shape)
+    runner = TorchRunner(model.forward, shape)
     warm_up(runner)
-    return runner, facts
+    return runner, _facts(config, options, weights.digest, num_parameters, model, kernels)
 
 
 def warm_up(runner: TorchRunner) -> None:
@@ -133,27 +135,26 @@ def _plan_shape(config: ModelConfig, options: RunnerOptions) -> RunnerShape:
 def _facts(
     config: ModelConfig,
     options: RunnerOptions,
-    weights: LoadedWeights,
-    attention: AttentionBackend,
-    packer: LinearPacker,
-    num_threads: int,
+    digest: str,
+    num_parameters: int,
+    model: Assembled,
+    kernels: Kernels | None,
 ) -> ModelFacts:
-    """Must be called before the transformer takes the parameters."""
-    parameters: list[Tensor] = list(weights.parameters.values())
     defaults = config.generation
     return ModelFacts(
         architecture=config.architecture,
-        digest=weights.digest,
+        digest=digest,
         dtype=options.dtype.value,
         context_length=options.context_length or config.context_length,
         vocab_size=config.vocab_size,
         eos_token_ids=config.eos_token_ids,
-        num_parameters=sum(parameter.numel() for parameter in parameters),
-        weight_bytes=sum(parameter.nbytes for parameter in parameters),
+        num_parameters=num_parameters,
+        weight_bytes=model.transformer.num_bytes,
         kv_bytes_per_token=config.kv_bytes_per_token(options.dtype),
-        attention_backend=attention.name,
-        linear_backend=packer.name,
-        num_threads=num_threads,
+        quantization=options.quantization.value,
+        backend=Backend.TORCH.value if kernels is None else Backend.NATIVE.value,
+        cpu_level="" if kernels is None else kernels.level,
+        num_threads=torch.get_num_threads(),
         default_temperature=defaults.temperature,
         default_top_k=defaults.top_k,
         default_top_p=defaults.top_p,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from model.interface import NO_LOGPROBS, Admission, Sampled, Sampling, TokenLogprobs
 from model.philox import exponential, split_seed
+from model.transformer import Logits
 
 GROUP_SIZE = 64
 FIRST_NUM_RANKED = 64
@@ -89,15 +90,15 @@ class Sampler:
         self._min_p[slot] = sampling.min_p
         self._key[slot] = torch.tensor(split_seed(sampling.seed))
 
-    def sample(self, logits_RV: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Sampled:
-        """Draws one token per row from float32 logits, which are left as they are.
+    def sample(self, logits: Logits, slots: Sequence[int], positions: Sequence[int]) -> Sampled:
+        """Draws one token per row from logits, which are left as they are.
 
         `positions[i]` is the place that the drawn token will have in its sequence, which is also the number of tokens
         known before it.
         """
         states = [self._state(slot) for slot in slots]
-        best_R, token_ids_R = logits_RV.max(dim=-1)
-        is_finite_R = best_R.isfinite()  # the maximum is NaN or infinite where any logit is NaN or +inf, or all -inf
+        logits_RV, token_ids_R = logits.values_WV, logits.peak_ids_W
+        is_finite_R = logits.peaks_W.isfinite()  # the maximum is NaN or infinite where any logit is NaN or +inf, or all -inf
         changed = [i for i, state in enumerate(states) if state.changes_logits(positions[i])]
         drawn = [i for i, state in enumerate(states) if state.sampling.temperature > 0]
         scores_RV = logits_RV
@@ -107,6 +108,7 @@ class Sampler:
                 change(scores_RV[i], states[i], self._tokens[slots[i], : positions[i]].long())
             token_ids_R = scores_RV.argmax(dim=-1)
         if drawn:
+            token_ids_R = token_ids_R.clone()
             slots_F, positions_F = (torch.tensor([column[i] for i in drawn]) for column in (slots, positions))
             rows_F = torch.tensor(drawn)
             token_ids_R[rows_F] = self._draw(take_rows(scores_RV, rows_F), slots_F, positions_F)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from model.interface import ModelFacts, Quantization
 from service.config import Settings, is_loopback
 from service.engine.messages import Hello
 
@@ -56,11 +57,8 @@ def make(settings: Settings, hello: Hello, *, address: str, metrics_address: str
     pool_tokens = shape.num_blocks * shape.block_size
     rows = (
         ("model", f"{settings.served_name}: {facts.architecture}, {_count(facts.num_parameters)} parameters"),
-        ("precision", f"{facts.dtype}, weights {_bytes(facts.weight_bytes)}"),
-        (
-            "backends",
-            f"attention {facts.attention_backend}, linear {facts.linear_backend}, {facts.num_threads} threads",
-        ),
+        ("precision", f"{_precision(facts)}, weights {_bytes(facts.weight_bytes)}"),
+        ("backend", f"{facts.backend} {facts.cpu_level}".strip() + f", {facts.num_threads} threads"),
         ("context", f"{shape.context_length:,} tokens"),
         (
             "KV pool",
@@ -98,6 +96,11 @@ def _nearest(path: Path) -> str:
     """Relative to the current directory where it lies below."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _precision(facts: ModelFacts) -> str:
+    """Of activations and cache, and of the weights where those are kept otherwise."""
+    return facts.dtype if facts.quantization == Quantization.NONE else f"{facts.quantization} in {facts.dtype}"
 
 
 def _count(number: int) -> str:

@@ -45,15 +45,17 @@ class Settings(BaseModel):
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision; auto is the checkpoint's own (bfloat16 for float16 checkpoints)."""
-    attention: Literal["auto", "native", "reference"] = "auto"
-    """Attention backend; auto is the compiled one where it was built."""
-    linear: Literal["auto", "native", "onednn", "plain"] = "auto"
-    """Matrix products; auto is the compiled one where it was built, else oneDNN for bfloat16, plain for float32."""
+    quantize: Literal["none", "int8"] = "none"
+    """Keep the weights of matrices as they are, or as 8-bit codes, multiplied with activations in 8 bits."""
+    backend: Literal["auto", "native", "torch"] = "auto"
+    """What computes: the compiled kernels, or torch, slowly; auto is the kernels where they were built."""
+    cpu_level: Literal["auto", "v4_bf16", "v4_vnni", "v4", "v3", "baseline"] = "auto"
+    """Instruction set of the kernels; auto is the best one of this CPU. Equal levels give equal answers on any machine."""
     threads: int | None = Field(None, ge=1, le=1024)
     """Compute threads; default: the CPUs this process may use."""
     context_length: int | None = Field(None, ge=2)
     """Shorten the model's context, in tokens."""
-    block_size: int = Field(16, ge=1, le=256)
+    block_size: int = Field(16, ge=16, le=256, multiple_of=16)
     """Tokens per block of the key/value cache."""
     kv_cache_mib: int = Field(256, ge=1)
     """Size of the key/value pool in MiB."""

@@ -197,7 +197,7 @@ class EngineMetrics:
         self._info = Gauge(
             "quire_model_info",
             "What is served; always 1.",
-            ["model", "digest", "architecture", "dtype", "attention", "linear", "block_size", "num_blocks"],
+            ["model", "digest", "architecture", "dtype", "quantization", "backend", "block_size", "num_blocks"],
             registry=registry,
         )
         self._usage = Gauge("quire_kv_cache_usage_ratio", "Share of blocks that sequences hold.", registry=registry)
@@ -230,8 +230,8 @@ class EngineMetrics:
             facts.digest,
             facts.architecture,
             facts.dtype,
-            facts.attention_backend,
-            facts.linear_backend,
+            facts.quantization,
+            f"{facts.backend} {facts.cpu_level}".strip(),
             shape.block_size,
             shape.num_blocks,
         ).set(1)

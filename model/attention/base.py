@@ -1,4 +1,4 @@
-"""What an attention backend is: a plan of one step, one method, and a dict of names.
+"""What an attention backend is: a plan of one step, and one method.
 
 This module does not know how any backend computes. `reference` is the specification; every other backend must equal it.
 
@@ -14,14 +14,21 @@ Shape letters: T tokens of the step, R rows, H query heads, K key/value heads, D
 
 from __future__ import annotations
 
-import importlib
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
-import torch
 from torch import Tensor
+
+
+class Layout(Enum):
+    """How a block's keys and values lie in memory. K key/value heads, S positions of a block, D head size."""
+
+    PLAIN = "plain"
+    """Position after position: [num_blocks, K, S, D]."""
+    DOTS = "dots"
+    """As dot products read them, in words of w numbers (two bfloat16, or one float32): keys [num_blocks, K, S / 16, D / w,
+    16, w], values [num_blocks, K, S / w, D, w]. See model/native/attention.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,38 +51,13 @@ class AttentionBackend(Protocol):
     """Causal attention of a ragged step over the paged cache of one layer."""
 
     name: str
+    layout: Layout
+    """How the cache must lie in memory."""
 
     def attend(self, q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
         """Returns softmax(scale * q k^T) v for every token and query head: [T, H, D] in the dtype of `q_THD`.
 
-        `k_cache` and `v_cache` are [num_blocks, K, block_size, D]; the step's own keys and values are in them already.
+        `k_cache` and `v_cache` are one layer's of a KVCache of this layout; the step's own are in them already.
         H is a multiple of K: query heads [g * H / K, (g + 1) * H / K) read key/value head g. The token at position p
         sees positions 0..p. The caches are not modified.
         """
-
-
-def load_attention(name: str, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    """Finds a backend by name for a cache of `dtype` and `head_dim`; "auto" takes the fastest one that works here.
-
-    Raises ValueError when the name is unknown, or the backend is not built or does not support these numbers.
-    """
-    if name == "auto":
-        try:
-            return _load("native", dtype, head_dim)
-        except ValueError as reason:
-            # Slow, and torch's products do not keep a row's bits apart from the load's.
-            _logger.warning("attention runs on the slow reference, without the promise of equal bits: %s", reason)
-            return _load("reference", dtype, head_dim)
-    return _load(name, dtype, head_dim)
-
-
-_logger = logging.getLogger(__name__)
-
-_MODULES = {"native": "model.attention.native", "reference": "model.attention.reference"}
-
-
-def _load(name: str, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    if name not in _MODULES:
-        raise ValueError(f"unknown attention backend {name!r}: expected one of {['auto', *_MODULES]}")
-    load: Callable[[torch.dtype, int], AttentionBackend] = importlib.import_module(_MODULES[name]).load
-    return load(dtype, head_dim)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.attention.base import AttentionPlan
+from model.attention.base import AttentionPlan, Layout
 
 
 class ReferenceAttention:
     """Any dtype, any head size, any block size."""
 
     name = "reference"
+    layout = Layout.PLAIN
 
     def attend(self, q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
         out_THD = torch.empty_like(q_THD)
@@ -26,11 +27,6 @@ class ReferenceAttention:
             v_SKD = gather(v_cache, plan.block_tables[row], context_len)
             out_THD[tokens] = attend_row(q_THD[tokens].float(), k_SKD, v_SKD, scale).to(q_THD.dtype)
         return out_THD
-
-
-def load(dtype: torch.dtype, head_dim: int) -> ReferenceAttention:
-    """Makes the backend; it takes every dtype and head size."""
-    return ReferenceAttention()
 
 
 def gather(cache: Tensor, block_table: Tensor, context_len: int) -> Tensor:

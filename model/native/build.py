@@ -1,8 +1,8 @@
 """Compiles the C kernels: `python -m model.native.build`, at install or image build; nothing is compiled at run time.
 
-Each source becomes one plain shared library per instruction set level, without torch's or Python's headers: all it
+The C file becomes one plain shared library per instruction set level, without torch's or Python's headers: all it
 needs is a C compiler (GCC 9, clang 12, or later) and some seconds. A library whose sources have not changed is left
-alone. A level that the compiler does not know is skipped; without OpenMP the kernels run on one thread.
+alone. A level that the compiler does not know is skipped.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import argparse
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from model.native.levels import COMMON_FLAGS, LIBRARY_DIR, SOURCE_DIR, Level, buildable_levels, library_path
+from model.native.levels import COMMON_FLAGS, LIBRARY_DIR, SOURCE, Level, buildable_levels, library_path
 from model.native.levels import source_digest as digest_of
+from model.threads import available_cpus
 
 COMPILERS = ("cc", "gcc", "clang")
 
@@ -31,45 +33,41 @@ def find_compiler(names: tuple[str, ...] = COMPILERS) -> str:
     raise BuildError(f"no C compiler found (looked for {', '.join(names)}): install one, such as the package gcc")
 
 
-def is_current(source: str, level: Level) -> bool:
+def is_current(level: Level) -> bool:
     """Whether the level's library exists and was built from the sources as they are."""
-    path = library_path(source, level)
-    return path.exists() and digest_of(source, level).encode() in path.read_bytes()
+    path = library_path(level)
+    return path.exists() and digest_of(level).encode() in path.read_bytes()
 
 
-def build_library(compiler: str, source: str, level: Level) -> str | None:
-    """Builds one library, with OpenMP if the compiler has it. Returns None, or the compiler's complaint."""
+def build_library(compiler: str, level: Level) -> str | None:
+    """Builds one library. Returns None, or the compiler's complaint."""
     LIBRARY_DIR.mkdir(exist_ok=True)
-    target = library_path(source, level)
+    target = library_path(level)
     unfinished = target.with_suffix(".tmp")
-    definition = f'-DQUIRE_SOURCE_DIGEST="{digest_of(source, level)}"'
-    complaint = None
-    for openmp in (["-fopenmp"], ["-Wno-unknown-pragmas"]):
-        command = [compiler, *COMMON_FLAGS, *level.flags, *openmp, definition, str(SOURCE_DIR / f"{source}.c")]
-        done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            unfinished.replace(target)
-            return None
-        complaint = done.stderr.strip()
-    return complaint
+    definition = f'-DQUIRE_SOURCE_DIGEST="{digest_of(level)}"'
+    command = [compiler, *COMMON_FLAGS, *level.flags, definition, str(SOURCE), "-o", str(unfinished)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return done.stderr.strip()
+    unfinished.replace(target)
+    return None
 
 
 def build(compiler_names: tuple[str, ...] = COMPILERS) -> list[Path]:
-    """Brings all libraries up to date and returns the ones that were compiled.
+    """Brings all libraries up to date, several at a time, and returns the ones that were compiled.
 
     Raises BuildError when no compiler is found, or it cannot build the level that every machine runs.
     """
-    built = []
-    for source in sorted(path.stem for path in SOURCE_DIR.glob("*.c")):
-        for level in buildable_levels():
-            if is_current(source, level):
-                continue
-            complaint = build_library(find_compiler(compiler_names), source, level)
-            if complaint is None:
-                built.append(library_path(source, level))
-            elif not level.is_x86:
-                raise BuildError(f"cannot compile {source}.c: {complaint}")
-    return built
+    missing = [level for level in buildable_levels() if not is_current(level)]
+    if not missing:
+        return []
+    compiler = find_compiler(compiler_names)
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        complaints = list(pool.map(lambda level: build_library(compiler, level), missing))
+    for level, complaint in zip(missing, complaints, strict=True):
+        if complaint is not None and not level.is_x86:
+            raise BuildError(f"cannot compile {SOURCE.name}: {complaint}")
+    return [library_path(level) for level, complaint in zip(missing, complaints, strict=True) if complaint is None]
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """The instruction set levels that the kernels are compiled for, and which of them this machine can run.
 
-Every library is named by its source file and its level, and carries a digest of everything it was built from, so that a
-stale one is recognised. Standard library only; it does not know what the kernels compute.
+Every library is named by its level, and carries a digest of everything it was built from, so that a stale one is
+recognised. Standard library only; it does not know what the kernels compute.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCE_DIR = Path(__file__).parent
+SOURCE = SOURCE_DIR / "kernels.c"
 LIBRARY_DIR = SOURCE_DIR / "lib"
 X86_MACHINES = ("x86_64", "AMD64")
 COMMON_FLAGS = (
     *("-std=c11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"),
     # Whether a multiply-add is fused is written in the source: the bits must not depend on the optimiser's mood.
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"),
 )
 V3_FEATURES = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 V4_FEATURES = V3_FEATURES | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+V4_FLAGS = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,9 @@ class Level:
 
 
 LEVELS = (
-    Level("v4_bf16", ("-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"), V4_FEATURES | {"avx512_bf16"}),
-    Level("v4", ("-march=x86-64-v4", "-mprefer-vector-width=512"), V4_FEATURES),
+    Level("v4_bf16", (*V4_FLAGS, "-mavx512bf16", "-mavx512vnni"), V4_FEATURES | {"avx512_bf16", "avx512_vnni"}),
+    Level("v4_vnni", (*V4_FLAGS, "-mavx512vnni"), V4_FEATURES | {"avx512_vnni"}),
+    Level("v4", V4_FLAGS, V4_FEATURES),
     Level("v3", ("-march=x86-64-v3",), V3_FEATURES),
     Level("baseline", (), frozenset()),
 )
@@ -66,14 +69,14 @@ def cpu_features(cpuinfo_text: str) -> frozenset[str]:
     return frozenset()
 
 
-def library_path(source: str, level: Level) -> Path:
-    """Where the library of `source` ("attention" for attention.c) at a level lies once it is built."""
-    return LIBRARY_DIR / f"quire_{source}_{level.name}.so"
+def library_path(level: Level) -> Path:
+    """Where the library of a level lies once it is built."""
+    return LIBRARY_DIR / f"quire_{level.name}.so"
 
 
-def source_digest(source: str, level: Level) -> str:
-    """Names everything that a library is made from: its C file, all headers, the flags."""
+def source_digest(level: Level) -> str:
+    """Names everything that a library is made from: the C file, all headers, the flags."""
     digest = hashlib.sha256("\n".join([*COMMON_FLAGS, *level.flags]).encode())
-    for path in [SOURCE_DIR / f"{source}.c", *sorted(SOURCE_DIR.glob("*.h"))]:
+    for path in [SOURCE, *sorted(SOURCE_DIR.glob("*.h"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()

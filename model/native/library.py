@@ -1,35 +1,51 @@
-"""Finds and opens the compiled kernels, by name and instruction set level.
+"""Finds and opens the compiled kernels at an instruction set level.
 
-It never compiles: a missing or stale library is a ValueError that says what to run. The caller must have imported torch
-first, so that the libraries bind to the OpenMP runtime (libgomp.so.1) that torch brought and share its threads.
+It never compiles: a missing or stale library is a ValueError that says what to run.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from model.native.levels import Level, library_path, runnable_levels, source_digest
+from model.native.levels import LEVELS, Level, library_path, runnable_levels, source_digest
 
 
-def open_library(source: str, level_name: str | None = None) -> tuple[ctypes.CDLL, Level]:
-    """Opens the library of `source` at a level; without a name at the fastest level that is built and runs here.
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """An open library, and the name of the level that it was compiled for."""
 
-    Raises ValueError when this machine cannot execute the level, or the library is not built from the present sources.
+    library: ctypes.CDLL
+    level: str
+
+    def keep_to_cpus(self, cpus: Sequence[int]) -> None:
+        """Ties thread i of every later call to the CPU cpus[i], the calling thread to the first."""
+        self.library.quire_keep_to_cpus((ctypes.c_int * len(cpus))(*cpus), len(cpus))
+
+
+def open_kernels(level_name: str | None = None) -> Kernels:
+    """Opens the library of a level; without a name that of the fastest level that is built and runs here.
+
+    Raises ValueError when the level is unknown, this machine cannot execute it, or it is not built from the present
+    sources.
     """
+    if level_name not in (None, *(level.name for level in LEVELS)):
+        raise ValueError(f"unknown instruction set level {level_name!r}: one of {[level.name for level in LEVELS]}")
     runnable = [level for level in runnable_levels() if level_name in (None, level.name)]
     if not runnable:
         raise ValueError(f"this machine cannot execute kernels of level {level_name!r}")
     for level in runnable:
-        path = library_path(source, level)
+        path = library_path(level)
         if path.exists():
-            return _open(path, source, level), level
-    raise ValueError(f"the native library {source!r} is not built: run `python -m model.native.build`")
+            return Kernels(_open(path, level), level.name)
+    raise ValueError("the native kernels are not built: run `python -m model.native.build`")
 
 
-def _open(path: Path, source: str, level: Level) -> ctypes.CDLL:
+def _open(path: Path, level: Level) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.quire_source_digest.restype = ctypes.c_char_p
-    if library.quire_source_digest() != source_digest(source, level).encode():
+    if library.quire_source_digest() != source_digest(level).encode():
         raise ValueError(f"{path.name} is older than its sources: run `python -m model.native.build`")
     return library

@@ -78,6 +78,16 @@ INLINE vec maximum(vec a, vec b) {
 #endif
 }
 
+INLINE vec minimum(vec a, vec b) {
+#if LANES == 16
+    return (vec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return select_lanes(a < b, a, b);
+#endif
+}
+
 // c plus two products of bfloat16 per lane, rounded to float32; for code that asked HAS_BF16_DOT before.
 #if defined(__AVX512BF16__)
 #define HAS_BF16_DOT 1
@@ -89,6 +99,39 @@ INLINE vec dot_bf16(uvec a, uvec b, vec c) {
     return c;
 }
 #endif
+
+// Whether codes of x are kept with 128 added; see matrix.h.
+#if defined(__AVX512VNNI__)
+#define CODE_OFFSET 128
+#else
+#define CODE_OFFSET 0
+#endif
+
+#if !defined(__AVX512VNNI__)
+typedef int16_t halves __attribute__((vector_size(4 * LANES)));
+
+// c plus the two products of signed 16-bit numbers in each lane.
+INLINE ivec dot_halves(halves a, halves b, ivec c) {
+#if LANES == 16
+    return c + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif LANES == 8
+    return c + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    const ivec first = (((ivec)a << 16) >> 16) * (((ivec)b << 16) >> 16);
+    return c + first + ((ivec)a >> 16) * ((ivec)b >> 16);
+#endif
+}
+#endif
+
+// c plus four products of 8-bit codes per lane, exactly: those of a signed with CODE_OFFSET added, those of b signed.
+INLINE ivec dot_codes(uvec a, uvec b, ivec c) {
+#if defined(__AVX512VNNI__)
+    return (ivec)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#else
+    const halves even_a = ((halves)a << 8) >> 8, even_b = ((halves)b << 8) >> 8;
+    return dot_halves((halves)a >> 8, (halves)b >> 8, dot_halves(even_a, even_b, c));
+#endif
+}
 
 // A 32-bit word holds two bfloat16: the first in its low half.
 INLINE vec first_bf16(uvec pairs) { return (vec)(pairs << 16); }
@@ -136,6 +179,21 @@ INLINE void store_bf16(uint16_t *p, vec v) {
     memcpy(p, &halves, sizeof halves);
 }
 
+#if LANES == 16
+typedef uint8_t code_bytes __attribute__((vector_size(16)));
+#elif LANES == 8
+typedef uint8_t code_bytes __attribute__((vector_size(8)));
+#else
+typedef uint8_t code_bytes __attribute__((vector_size(4)));
+#endif
+
+// Rounds to nearest, ties to even, numbers within +-127 to codes.
+INLINE void store_codes(uint8_t *p, vec v) {
+    const vec rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    const code_bytes codes = __builtin_convertvector((uvec)(v + rounder) + CODE_OFFSET, code_bytes);
+    memcpy(p, &codes, sizeof codes);
+}
+
 INLINE float sum_lanes(vec v) {
     float lanes[LANES];
     store(lanes, v);
@@ -171,36 +229,4 @@ INLINE vec exp_nonpositive(vec x) {
     p = multiply_add(p * r, r, r + splat(1.0f));
     const vec power_of_two = (vec)(((ivec)shifted - (ivec)rounder + 127) << 23);
     return select_lanes(is_tiny, splat(0.0f), p * power_of_two);
-}
-
-// Interleaves the low (high) halves of a and b: a0 b0 a1 b1 ... (of lanes 0 up, or of lanes LANES / 2 up).
-#if defined(__clang__)
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (uvec){__VA_ARGS__})
-#endif
-#if LANES == 16
-#define LOW_PAIRS 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH_PAIRS 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif LANES == 8
-#define LOW_PAIRS 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH_PAIRS 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define LOW_PAIRS 0, 4, 1, 5
-#define HIGH_PAIRS 2, 6, 3, 7
-#endif
-
-// Transposes a LANES x LANES matrix of words in place: log2(LANES) perfect shuffles of its rows.
-INLINE void transpose_words(uvec rows[LANES]) {
-#pragma GCC unroll 4
-    for (int stage = 1; stage < LANES; stage *= 2) {
-        uvec shuffled[LANES];
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES / 2; i++) {
-            shuffled[2 * i] = SHUFFLE(rows[i], rows[i + LANES / 2], LOW_PAIRS);
-            shuffled[2 * i + 1] = SHUFFLE(rows[i], rows[i + LANES / 2], HIGH_PAIRS);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) rows[i] = shuffled[i];
-    }
 }

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from model.interface import Dtype, ModelFacts, Runner, RunnerOptions
+from model.interface import Backend, Dtype, ModelFacts, Quantization, Runner, RunnerOptions
 from service import logs
 from service.config import Settings, let_waiting_threads_sleep
 from service.engine.engine import Engine, EngineOptions
@@ -55,8 +55,9 @@ def runner_options(settings: Settings) -> RunnerOptions:
     return RunnerOptions(
         model_dir=str(settings.model),
         dtype=load_config(Path(settings.model)).dtype if is_auto else Dtype(settings.dtype),
-        attention=settings.attention,
-        linear=settings.linear,
+        quantization=Quantization(settings.quantize),
+        backend=Backend(settings.backend),
+        cpu_level=None if settings.cpu_level == "auto" else settings.cpu_level,
         block_size=settings.block_size,
         kv_cache_bytes=settings.kv_cache_mib * 2**20,
         num_blocks=settings.num_blocks,

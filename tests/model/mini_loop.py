@@ -9,14 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.attention.base import load_attention
+from model.backend import assemble, choose_kernels, step_by_step
 from model.config import FAMILIES, load_config
 from model.inputs import SlotTables, prepare
-from model.interface import Admission, Batch, Row, Sampling
-from model.kv_cache import KVCache
-from model.linear import LinearPacker
-from model.operators import load_operators
-from model.transformer import Transformer
+from model.interface import Admission, Backend, Batch, Quantization, Row, RunnerShape, Sampling
 from model.weights import load_weights
 
 BLOCK_SIZE = 16
@@ -32,9 +28,12 @@ class MiniLoop:
         *,
         num_slots: int = 1,
         context_length: int | None = None,
-        attention: str = "auto",
-        linear: str = "auto",
+        backend: Backend = Backend.NATIVE,
+        level: str | None = None,
+        quantization: Quantization = Quantization.NONE,
+        by_operators: bool = False,
     ) -> None:
+        """`by_operators` computes operator by operator even where one call could do it."""
         config = load_config(model_dir)
         self.context_length = context_length or config.context_length
         self.num_slots = num_slots
@@ -42,16 +41,13 @@ class MiniLoop:
         num_blocks = blocks_per_slot * num_slots
         tensor_map = import_module(FAMILIES[config.architecture]).tensor_map(config)
         parameters = load_weights(model_dir, tensor_map, dtype).parameters
-        packer = LinearPacker(linear, dtype)
-        self.transformer = Transformer(
-            config,
-            parameters,
-            packer,
-            load_attention(attention, dtype, config.head_dim),
-            load_operators(packer.name, dtype),
-            self.context_length,
+        kernels = choose_kernels(backend, level, config, dtype, BLOCK_SIZE)
+        shape = RunnerShape(
+            num_blocks, BLOCK_SIZE, num_slots, self.context_length, config.vocab_size, num_slots * self.context_length
         )
-        self.cache = KVCache(config, num_blocks, BLOCK_SIZE, dtype)
+        model = assemble(config, parameters, shape, dtype, quantization, kernels)
+        self.transformer, self.cache = model.transformer, model.cache
+        self._forward = step_by_step(model.transformer, model.cache) if by_operators else model.forward
         self.tables = SlotTables(num_slots, self.context_length, num_blocks, BLOCK_SIZE)
 
     def admit(self, slot: int, token_ids: Sequence[int], num_tokens: int) -> Row:
@@ -64,7 +60,7 @@ class MiniLoop:
     def step(self, rows: Sequence[Row]) -> Tensor:
         """Logits of the rows that want a token."""
         inputs = prepare(self.tables, Batch(rows, sum(row.num_tokens for row in rows)))
-        return self.transformer.forward(inputs.ids_T, inputs.positions_T, self.cache, inputs.plan, inputs.wanted_W)
+        return self._forward(inputs).values_WV.clone()
 
     def prefill(self, slot: int, token_ids: Sequence[int], share: int) -> Tensor:
         """Computes a prompt in shares of at most `share` tokens; logits [V] after its last token."""

@@ -1,0 +1,125 @@
+"""A whole step of a decoder in one call to the C kernels, over the parameters that a Transformer has packed.
+
+It gives the bits of `Transformer.forward` with the compiled operators; why it exists is written at the top of
+model/native/decoder.h. It owns the room that a step works in and knows neither slots nor sampling. Shape letters as in
+model/transformer.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from model.attention.base import Layout
+from model.inputs import StepInputs
+from model.kv_cache import KVCache
+from model.linear_native import Matrix, NativeLinear
+from model.native.library import Kernels
+from model.transformer import Logits, Transformer
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+
+
+class _Layer(ctypes.Structure):
+    """The C struct `Layer` of decoder.h, field by field."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _POINTER) for name in ("norm1", "norm2", "k_cache", "v_cache")),
+    )
+
+
+class _Decoder(ctypes.Structure):
+    """The C struct `Decoder` of decoder.h, field by field."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(_Layer)),
+        ("unembedding", Matrix),
+        *((name, _POINTER) for name in ("embedding", "norm", "cosines", "sines")),
+        *((name, _POINTER) for name in ("x", "normed", "qkv", "mixed", "q", "activated", "codes", "code_scales")),
+        ("tiles", _POINTER),
+        *((name, _INT) for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")),
+        *((name, _INT) for name in ("block_size", "is_bf16")),
+        *((name, _FLOAT) for name in ("epsilon", "scale")),
+    )
+
+
+class _Step(ctypes.Structure):
+    """The C struct `Step` of decoder.h, field by field."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("ids", "positions", "write_blocks", "write_offsets", "wanted")),
+        *((name, _POINTER) for name in ("query_starts", "context_lens", "block_tables")),
+        ("table_stride", ctypes.c_int64),
+        *((name, _INT) for name in ("num_tokens", "num_rows", "num_wanted")),
+        *((name, _POINTER) for name in ("logits", "peaks", "places")),
+    )
+
+
+class NativeDecoder:
+    """A transformer whose linears, operators and attention are the compiled ones, and its cache."""
+
+    def __init__(
+        self, kernels: Kernels, transformer: Transformer, cache: KVCache, max_tokens: int, max_wanted: int
+    ) -> None:
+        """Takes steps of at most so many tokens, of which at most so many are wanted."""
+        assert cache.layout is Layout.DOTS
+        self._transformer, self._cache = transformer, cache  # the structs point into them
+        config = transformer.config
+        self._max_tokens = max_tokens
+        self._dtype = transformer.embedding_VE.dtype
+        most = min(max_tokens, max_wanted)
+        self._logits = Logits(
+            torch.empty(most, config.vocab_size), torch.empty(most), torch.empty(most, dtype=torch.int64)
+        )
+        q_size = config.num_heads * config.head_dim
+        qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
+        widths = (config.hidden_size, config.hidden_size, qkv_size, q_size, q_size, config.intermediate_size)
+        widest = max(config.hidden_size, q_size, config.intermediate_size)
+        self._room = [torch.empty(max_tokens, width, dtype=self._dtype) for width in widths]
+        self._room += [torch.empty(max_tokens, widest + 3, dtype=torch.uint8), torch.empty(max_tokens)]
+        self._room += [torch.empty(2, max_tokens, dtype=torch.int32)]
+        self._layers = (_Layer * config.num_layers)(*map(self._layer, range(config.num_layers)))
+        rotary = transformer.rotary
+        parameters = (transformer.embedding_VE, transformer.norm_E, rotary.cos_PD, rotary.signed_sin_PD)
+        self._decoder = _Decoder(
+            self._layers,
+            _struct(transformer.unembedding),
+            *(tensor.data_ptr() for tensor in (*parameters, *self._room)),
+            *(config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim),
+            *(cache.block_size, self._dtype is torch.bfloat16),
+            *(config.norm_epsilon, config.head_dim**-0.5),
+        )
+        self._step = kernels.library.quire_step
+        self._step.argtypes = (ctypes.POINTER(_Decoder), ctypes.POINTER(_Step), _INT)
+        self._step.restype = None
+
+    def forward(self, inputs: StepInputs) -> Logits:
+        """Computes one step; the next one overwrites the logits. See Transformer.forward."""
+        plan = inputs.plan
+        num_tokens, num_wanted = len(inputs.ids_T), len(inputs.wanted_W)
+        assert 0 < num_tokens <= self._max_tokens and num_wanted <= len(self._logits.peaks_W)
+        tensors = (inputs.ids_T, inputs.positions_T, plan.write_blocks_T, plan.write_offsets_T, inputs.wanted_W)
+        assert all(tensor.dtype is torch.int64 and tensor.is_contiguous() for tensor in tensors)
+        tables = (plan.query_starts, plan.context_lens, plan.block_tables)
+        assert all(tensor.dtype is torch.int32 and tensor.is_contiguous() for tensor in tables)
+        step = _Step(
+            *(tensor.data_ptr() for tensor in (*tensors, *tables)),
+            plan.block_tables.shape[1],
+            *(num_tokens, len(plan.context_lens), num_wanted),
+            *(tensor.data_ptr() for tensor in self._logits),
+        )
+        self._step(self._decoder, step, torch.get_num_threads())
+        return Logits(*(tensor[:num_wanted] for tensor in self._logits))
+
+    def _layer(self, index: int) -> _Layer:
+        layer = self._transformer.layers[index]
+        matrices = map(_struct, (layer.qkv, layer.o, layer.gate_up, layer.down))
+        tensors = (layer.norm1_E, layer.norm2_E, self._cache.k[index], self._cache.v[index])
+        return _Layer(*matrices, *(tensor.data_ptr() for tensor in tensors))
+
+
+def _struct(linear: object) -> Matrix:
+    assert isinstance(linear, NativeLinear)
+    return linear.struct

@@ -1,0 +1,386 @@
+// Paged causal attention: how keys and values lie in the cache, and one work item from block table to output.
+//
+// The cache of one layer is cut into blocks, a block into key/value heads, and a head of S positions lies in the order
+// in which dot products read it (D head size; a word is one float32, or two bfloat16):
+//
+//     keys      [ positions 0 .. 16                                      ][ positions 16 .. 32  ...    S / 16 groups
+//                 [ word 0 of the 16 ][ word 1 of the 16 ] ...                        words: neighbours of one key
+//     values    [ D words of positions 0 and 1 ][ D words of positions 2 and 3 ] ...  words: the same number of two
+//                                                                                     positions; float32: of one
+//
+// so that a vector of a group's keys meets one word of a query, and a vector of values one word of weights. Position p
+// of a sequence is in block block_table[p / S], at offset p % S; S is a multiple of 16. Of a pair of values of which
+// only the first is there, the second is zero: it is read, with weight zero.
+//
+// An item is some queries of one row against one key/value head:
+//
+//     [ queries r, r + 1, ... ]  x  key tile [0, 64), [64, 128), ...   scores -> weights -> outputs += weight * value
+//
+// Softmax is computed online, tile after tile (Milakov and Gimelshein, 2018; Dao et al., FlashAttention, 2022): each
+// query keeps a running maximum, a running sum, and its output so far, all float32; bfloat16 values are weighed with
+// weights rounded to bfloat16. A promise: key tiles start at multiples of KEY_TILE of the sequence's own positions, and
+// each query goes through the same operations in the same order, whether its neighbours in registers are there or not;
+// what it must not see has weight zero and changes no bit. Another instruction set may give other last bits.
+#pragma once
+
+#include "rowwise.h"
+
+#define GROUP 16
+#define KEY_TILE 64
+#define TILE_GROUPS (KEY_TILE / GROUP)
+#define MAX_QUERIES 32
+#define MAX_HEAD_DIM 256
+#define QUERIES_AT_ONCE 4
+#define VECTORS_AT_ONCE (LANES == 16 ? 4 : 2)
+
+// One layer's attention in one step. Shapes as in model/attention/base.py.
+typedef struct {
+    const void *q, *k_cache, *v_cache;
+    void *out;
+    const int32_t *query_starts, *context_lens, *block_tables;
+    int32_t *tile_rows, *tile_firsts;  // [num_tokens]: see list_tiles
+    int64_t table_stride;
+    int num_rows, num_heads, num_kv_heads, head_dim, block_size;
+    float scale;
+} Attention;
+
+// One item: queries of the tokens [first_token, first_token + num_tokens), heads [first_head, first_head + num_heads).
+typedef struct {
+    const int32_t *block_table;
+    int first_token, num_tokens, first_head, num_heads, kv_head;
+    int first_visible;  // positions that the first token sees; each next token sees one more
+} Item;
+
+// What a thread works on. Query r of the item is token r / num_heads, head r % num_heads.
+typedef struct {
+    uint32_t queries[MAX_QUERIES * MAX_HEAD_DIM];  // [query][word]
+    float scores[MAX_QUERIES * KEY_TILE];          // [query][position]
+    uint32_t weights[MAX_QUERIES * KEY_TILE];      // [query][word of one position, or of two]
+    float outputs[MAX_QUERIES * MAX_HEAD_DIM];     // [query][head_dim]: not yet divided by the sums
+    float maxima[MAX_QUERIES], sums[MAX_QUERIES];
+} Scratch;
+
+// ---- the cache ----
+
+INLINE int64_t head_offset(int64_t block, int kv_head, int num_kv_heads, int block_size, int head_dim, int is_bf16) {
+    return (block * num_kv_heads + kv_head) * block_size * head_dim * (is_bf16 ? 2 : 4);
+}
+
+INLINE void write_key(char *head, int offset, const void *key, int head_dim, int is_bf16) {
+    const int num_words = is_bf16 ? head_dim / 2 : head_dim;
+    uint32_t *group = (uint32_t *)head + offset / GROUP * num_words * GROUP + offset % GROUP;
+    for (int word = 0; word < num_words; word++) memcpy(group + word * GROUP, (const char *)key + 4 * word, 4);
+}
+
+INLINE void write_value(char *head, int offset, const void *value, int head_dim, int is_bf16, int is_last) {
+    if (!is_bf16) {
+        memcpy((float *)head + offset * head_dim, value, sizeof(float) * head_dim);
+        return;
+    }
+    uint16_t *pairs = (uint16_t *)head + offset / 2 * 2 * head_dim;
+    const int second = offset % 2;
+    for (int d = 0; d < head_dim; d++) {
+        memcpy(pairs + 2 * d + second, (const uint16_t *)value + d, 2);
+        if (is_last && !second) pairs[2 * d + 1] = 0;
+    }
+}
+
+// Whether the next token of the step is not the next position of this one's block.
+INLINE int is_last_written(const Rotation *r, int64_t token) {
+    return token + 1 == r->num_tokens || r->blocks[token + 1] != r->blocks[token] ||
+           r->offsets[token + 1] != r->offsets[token] + 1;
+}
+
+// Rotates one token's queries and key; key and value go to the cache.
+INLINE void rotate_token(const Rotation *r, int64_t token, int is_bf16) {
+    const int heads = r->num_heads, kv_heads = r->num_kv_heads, dim = r->head_dim, bytes = is_bf16 ? 2 : 4;
+    const int64_t place = r->positions == NULL ? token : r->positions[token];
+    const float *cosines = r->cosines + place * dim, *sines = r->sines + place * dim;
+    const int64_t from = token * (heads + 2 * kv_heads) * dim;
+    const int offset = (int)r->offsets[token], is_last = is_last_written(r, token);
+    for (int head = 0; head < heads; head++)
+        rotate_head(r->qkv, from + head * dim, r->q, (token * heads + head) * dim, cosines, sines, dim, is_bf16);
+    for (int head = 0; head < kv_heads; head++) {
+        const int64_t start = head_offset(r->blocks[token], head, kv_heads, r->block_size, dim, is_bf16);
+        const int64_t key = from + (heads + head) * dim, value = from + (heads + kv_heads + head) * dim;
+        float rotated[MAX_HEAD_DIM];
+        rotate_head(r->qkv, key, rotated, 0, cosines, sines, dim, is_bf16);
+        write_key((char *)r->k_cache + start, offset, rotated, dim, is_bf16);
+        write_value((char *)r->v_cache + start, offset, (const char *)r->qkv + value * bytes, dim, is_bf16, is_last);
+    }
+}
+
+// ---- one item ----
+
+// Positions of the key tile at `start` that query r sees.
+INLINE int visible_in_tile(const Item *item, int r, int start) {
+    return max_int(0, min_int(KEY_TILE, item->first_visible + r / item->num_heads - start));
+}
+
+INLINE int64_t query_offset(const Attention *a, const Item *item, int r) {
+    const int64_t token = item->first_token + r / item->num_heads;
+    return (token * a->num_heads + item->first_head + r % item->num_heads) * a->head_dim;
+}
+
+INLINE void load_queries(Scratch *s, const Attention *a, const Item *item, int is_bf16) {
+    const int num_queries = item->num_tokens * item->num_heads, bytes = a->head_dim * (is_bf16 ? 2 : 4);
+    for (int r = 0; r < num_queries; r++) {
+        memcpy((char *)s->queries + r * bytes, (const char *)a->q + query_offset(a, item, r) * (is_bf16 ? 2 : 4), bytes);
+        s->maxima[r] = -INFINITY;
+        s->sums[r] = 0.0f;
+    }
+    memset(s->outputs, 0, sizeof(float) * num_queries * a->head_dim);
+}
+
+// c plus the product of one float32 per lane, or of two bfloat16.
+INLINE vec dot_words(uvec a, uvec b, vec c, int is_bf16) {
+    if (!is_bf16) return multiply_add((vec)a, (vec)b, c);
+    if (HAS_BF16_DOT) return dot_bf16(a, b, c);
+    return multiply_add(second_bf16(a), second_bf16(b), multiply_add(first_bf16(a), first_bf16(b), c));
+}
+
+// Vector j of the word that starts at `words` in the first group of a tile whose groups lie at `groups`.
+INLINE uvec load_keys(const char *const groups[], int64_t word, int j) {
+    const int lane = j * LANES;
+    return load_words(groups[lane / GROUP] + 4 * (word * GROUP + lane % GROUP));
+}
+
+// Scores of a few queries against a few vectors of keys, which are held in registers while words go by.
+INLINE void score_few(Scratch *s, int r, int num_queries, const char *const groups[], int first, int num_vectors,
+                      int num_words, vec scale, int is_bf16) {
+    vec scores[QUERIES_AT_ONCE][VECTORS_AT_ONCE];
+#pragma GCC unroll 16
+    for (int i = 0; i < num_queries; i++)
+#pragma GCC unroll 16
+        for (int j = 0; j < num_vectors; j++) scores[i][j] = (vec){0};
+    for (int word = 0; word < num_words; word++) {
+        uvec keys[VECTORS_AT_ONCE];
+#pragma GCC unroll 16
+        for (int j = 0; j < num_vectors; j++) keys[j] = load_keys(groups, word, first + j);
+#pragma GCC unroll 16
+        for (int i = 0; i < num_queries; i++) {
+            const uvec query = splat_word(s->queries[(r + i) * num_words + word]);
+#pragma GCC unroll 16
+            for (int j = 0; j < num_vectors; j++) scores[i][j] = dot_words(query, keys[j], scores[i][j], is_bf16);
+        }
+    }
+    for (int i = 0; i < num_queries; i++)
+        for (int j = 0; j < num_vectors; j++)
+            store(s->scores + (r + i) * KEY_TILE + (first + j) * LANES, scores[i][j] * scale);
+}
+
+INLINE void score_vectors(Scratch *s, int r, int num_queries, const char *const groups[], int first, int num_vectors,
+                          int num_words, vec scale, int is_bf16) {
+    for (; r < num_queries; r += QUERIES_AT_ONCE) switch (num_queries - r) {
+            case 1: score_few(s, r, 1, groups, first, num_vectors, num_words, scale, is_bf16); break;
+            case 2: score_few(s, r, 2, groups, first, num_vectors, num_words, scale, is_bf16); break;
+            case 3: score_few(s, r, 3, groups, first, num_vectors, num_words, scale, is_bf16); break;
+            default:
+                score_few(s, r, QUERIES_AT_ONCE, groups, first, num_vectors, num_words, scale, is_bf16);
+        }
+}
+
+INLINE void score(Scratch *s, int r, int num_queries, const char *const groups[], int num_keys, int num_words,
+                  vec scale, int is_bf16) {
+    const int num_vectors = (num_keys + LANES - 1) / LANES;
+    int first = 0;
+    for (; first + VECTORS_AT_ONCE <= num_vectors; first += VECTORS_AT_ONCE)
+        score_vectors(s, r, num_queries, groups, first, VECTORS_AT_ONCE, num_words, scale, is_bf16);
+    for (; first < num_vectors; first++)
+        score_vectors(s, r, num_queries, groups, first, 1, num_words, scale, is_bf16);
+}
+
+// Turns one query's scores into weights relative to the running maximum, and rescales what was summed before.
+INLINE void soften(Scratch *s, int r, int num_visible, int head_dim, int is_bf16) {
+    float *scores = s->scores + r * KEY_TILE;
+    for (int i = num_visible; i < KEY_TILE; i++) scores[i] = -INFINITY;
+    vec maxima = load(scores);
+    for (int i = LANES; i < KEY_TILE; i += LANES) maxima = maximum(maxima, load(scores + i));
+    const float tile_maximum = max_lanes(maxima);
+    const float maximum_now = tile_maximum > s->maxima[r] ? tile_maximum : s->maxima[r];
+    char *weights = (char *)(s->weights + r * KEY_TILE);
+    vec sums = {0};
+    for (int i = 0; i < KEY_TILE; i += LANES) {
+        const vec weight = exp_nonpositive(load(scores + i) - splat(maximum_now));
+        store_numbers(weights, i, weight, LANES, is_bf16);
+        sums += weight;
+    }
+    float shrink[LANES];
+    store(shrink, exp_nonpositive(splat(s->maxima[r] - maximum_now)));
+    s->maxima[r] = maximum_now;
+    s->sums[r] = s->sums[r] * shrink[0] + sum_lanes(sums);
+    float *outputs = s->outputs + r * head_dim;
+    for (int d = 0; d < head_dim; d++) outputs[d] *= shrink[0];
+}
+
+// LANES words of values, or the `num_lanes` that a head ends with.
+INLINE uvec load_values(const char *words, int num_lanes) {
+    if (num_lanes == LANES) return load_words(words);
+    uvec v = {0};
+    memcpy(&v, words, sizeof(uint32_t) * num_lanes);
+    return v;
+}
+
+// Adds the weighted values of `num_words` words of positions to some columns of a few queries' outputs, in registers.
+INLINE void weigh_columns(Scratch *s, int r, int num_queries, const char *const groups[], int num_words, int column,
+                          int num_vectors, int num_lanes, int head_dim, int is_bf16) {
+    const int group_words = is_bf16 ? GROUP / 2 : GROUP;
+    vec sums[QUERIES_AT_ONCE][VECTORS_AT_ONCE];
+    float *outputs = s->outputs + r * head_dim + column;
+#pragma GCC unroll 16
+    for (int i = 0; i < num_queries; i++)
+#pragma GCC unroll 16
+        for (int j = 0; j < num_vectors; j++) {
+            sums[i][j] = (vec){0};
+            memcpy(&sums[i][j], outputs + i * head_dim + j * LANES, sizeof(float) * num_lanes);
+        }
+    for (int word = 0; word < num_words; word++) {
+        const char *values = groups[word / group_words] + 4 * ((int64_t)(word % group_words) * head_dim + column);
+        uvec value[VECTORS_AT_ONCE];
+#pragma GCC unroll 16
+        for (int j = 0; j < num_vectors; j++) value[j] = load_values(values + 4 * j * LANES, num_lanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < num_queries; i++) {
+            const uvec weight = splat_word(s->weights[(r + i) * KEY_TILE + word]);
+#pragma GCC unroll 16
+            for (int j = 0; j < num_vectors; j++) sums[i][j] = dot_words(weight, value[j], sums[i][j], is_bf16);
+        }
+    }
+    for (int i = 0; i < num_queries; i++)
+        for (int j = 0; j < num_vectors; j++)
+            memcpy(outputs + i * head_dim + j * LANES, &sums[i][j], sizeof(float) * num_lanes);
+}
+
+INLINE void weigh_few(Scratch *s, int r, int num_queries, const char *const groups[], int num_words, int head_dim,
+                      int is_bf16) {
+    int column = 0;
+    for (; column + VECTORS_AT_ONCE * LANES <= head_dim; column += VECTORS_AT_ONCE * LANES)
+        weigh_columns(s, r, num_queries, groups, num_words, column, VECTORS_AT_ONCE, LANES, head_dim, is_bf16);
+    for (; column + LANES <= head_dim; column += LANES)
+        weigh_columns(s, r, num_queries, groups, num_words, column, 1, LANES, head_dim, is_bf16);
+    if (column < head_dim)  // head sizes are multiples of 8
+        weigh_columns(s, r, num_queries, groups, num_words, column, 1, min_int(8, LANES), head_dim, is_bf16);
+}
+
+// A few queries go as far as the last of them sees: the others have weight zero there.
+INLINE void weigh(Scratch *s, const Item *item, int r, int num_queries, const char *const groups[], int start,
+                  int head_dim, int is_bf16) {
+    for (; r < num_queries; r += QUERIES_AT_ONCE) {
+        const int count = min_int(QUERIES_AT_ONCE, num_queries - r);
+        const int num_visible = visible_in_tile(item, r + count - 1, start);
+        const int num_words = is_bf16 ? (num_visible + 1) / 2 : num_visible;
+        switch (count) {
+            case 1: weigh_few(s, r, 1, groups, num_words, head_dim, is_bf16); break;
+            case 2: weigh_few(s, r, 2, groups, num_words, head_dim, is_bf16); break;
+            case 3: weigh_few(s, r, 3, groups, num_words, head_dim, is_bf16); break;
+            default: weigh_few(s, r, QUERIES_AT_ONCE, groups, num_words, head_dim, is_bf16);
+        }
+    }
+}
+
+INLINE void store_outputs(const Scratch *s, const Attention *a, const Item *item, int is_bf16) {
+    for (int r = 0; r < item->num_tokens * item->num_heads; r++) {
+        const int64_t offset = query_offset(a, item, r);
+        const float *outputs = s->outputs + r * a->head_dim;
+        const vec sum = splat(s->sums[r]);
+        for (int d = 0; d < a->head_dim; d += LANES) {
+            const int num_lanes = min_int(LANES, a->head_dim - d);
+            store_numbers(a->out, offset + d, load_numbers(outputs, d, num_lanes, 0) / sum, num_lanes, is_bf16);
+        }
+    }
+}
+
+// Finds the groups of the key tile at `start` through the block table: byte offsets, the same in either cache.
+INLINE int locate_tile(const Attention *a, const Item *item, int start, int num_positions, int is_bf16,
+                       int64_t offsets[]) {
+    const int group_bytes = GROUP * a->head_dim * (is_bf16 ? 2 : 4);
+    int num_groups = 0;
+    for (int position = start; position < min_int(start + KEY_TILE, num_positions); position += GROUP) {
+        const int block = item->block_table[position / a->block_size], within = position % a->block_size;
+        offsets[num_groups++] = head_offset(block, item->kv_head, a->num_kv_heads, a->block_size, a->head_dim, is_bf16)
+                                + (int64_t)(within / GROUP) * group_bytes;
+    }
+    return num_groups;
+}
+
+INLINE void prefetch_groups(const void *cache, const int64_t offsets[], int num_groups, int group_bytes) {
+    for (int i = 0; i < num_groups; i++)
+        for (int byte = 0; byte < group_bytes; byte += 64)
+            __builtin_prefetch((const char *)cache + offsets[i] + byte);
+}
+
+INLINE void point_to(const char *groups[], const void *cache, const int64_t offsets[], int num_groups) {
+    for (int i = 0; i < num_groups; i++) groups[i] = (const char *)cache + offsets[i];
+}
+
+INLINE void attend_item(Scratch *s, const Attention *a, const Item *item, int is_bf16) {
+    const int head_dim = a->head_dim, num_words = is_bf16 ? head_dim / 2 : head_dim;
+    const int group_bytes = GROUP * head_dim * (is_bf16 ? 2 : 4);
+    const int num_queries = item->num_tokens * item->num_heads;
+    const int num_positions = item->first_visible + item->num_tokens - 1;
+    const vec scale = splat(a->scale);
+    int64_t offsets[2][TILE_GROUPS];  // of this tile and the next one
+    const char *keys[TILE_GROUPS], *values[TILE_GROUPS];
+    load_queries(s, a, item, is_bf16);
+    int num_groups = locate_tile(a, item, 0, num_positions, is_bf16, offsets[0]);
+    for (int start = 0, now = 0; start < num_positions; start += KEY_TILE, now ^= 1) {
+        const int num_keys = min_int(KEY_TILE, num_positions - start);
+        const int first = max_int(0, start + 1 - item->first_visible) * item->num_heads;  // sees this tile at all
+        point_to(keys, a->k_cache, offsets[now], num_groups);
+        point_to(values, a->v_cache, offsets[now], num_groups);
+        // Memory fetches the values while scores are computed, and the next keys while values are weighed.
+        prefetch_groups(a->v_cache, offsets[now], num_groups, group_bytes);
+        score(s, first, num_queries, keys, num_keys, num_words, scale, is_bf16);
+        num_groups = locate_tile(a, item, start + KEY_TILE, num_positions, is_bf16, offsets[now ^ 1]);
+        prefetch_groups(a->k_cache, offsets[now ^ 1], num_groups, group_bytes);
+        for (int r = first; r < num_queries; r++)
+            soften(s, r, visible_in_tile(item, r, start), head_dim, is_bf16);
+        weigh(s, item, first, num_queries, values, start, head_dim, is_bf16);
+    }
+    store_outputs(s, a, item, is_bf16);
+}
+
+// ---- a step's items ----
+
+// How rows are cut into items: so many tokens and so many heads of one key/value head's group at a time.
+typedef struct {
+    int group, heads, head_parts, tokens;
+} Cut;
+
+INLINE Cut cut_heads(const Attention *a) {
+    const int group = a->num_heads / a->num_kv_heads;
+    const int heads = min_int(group, MAX_QUERIES);
+    return (Cut){group, heads, (group + heads - 1) / heads, MAX_QUERIES / heads};
+}
+
+// Lists the token tiles of all rows and returns their number. The last tiles of a prompt, which cost most, come first.
+INLINE int list_tiles(const Attention *a) {
+    const Cut cut = cut_heads(a);
+    int num_tiles = 0;
+    for (int row = 0; row < a->num_rows; row++) {
+        const int begin = a->query_starts[row], num_tokens = a->query_starts[row + 1] - begin;
+        for (int tile = (num_tokens + cut.tokens - 1) / cut.tokens - 1; tile >= 0; tile--, num_tiles++) {
+            a->tile_rows[num_tiles] = row;
+            a->tile_firsts[num_tiles] = begin + tile * cut.tokens;
+        }
+    }
+    return num_tiles;
+}
+
+INLINE int num_items(const Attention *a, int num_tiles) { return num_tiles * a->num_kv_heads * cut_heads(a).head_parts; }
+
+INLINE Item make_item(const Attention *a, int i) {
+    const Cut cut = cut_heads(a);
+    const int per_tile = a->num_kv_heads * cut.head_parts;
+    const int tile = i / per_tile, kv_head = i % per_tile / cut.head_parts, part = i % cut.head_parts;
+    const int row = a->tile_rows[tile], first_token = a->tile_firsts[tile], end = a->query_starts[row + 1];
+    return (Item){
+        .block_table = a->block_tables + row * a->table_stride,
+        .first_token = first_token,
+        .num_tokens = min_int(cut.tokens, end - first_token),
+        .first_head = kv_head * cut.group + part * cut.heads,
+        .num_heads = min_int(cut.heads, cut.group - part * cut.heads),
+        .kv_head = kv_head,
+        .first_visible = a->context_lens[row] - (end - first_token) + 1,
+    };
+}

@@ -1,0 +1,147 @@
+// A whole step of a decoder in one call: model/transformer.py's `forward`, with the bits of its compiled operators.
+//
+// The layers' loop runs inside one team of threads, which meet after each operator; from Python each operator would be
+// a call of its own, and waking the threads for each takes longer than many of them last. Shapes as in
+// model/transformer.py: T tokens, W wanted tokens, E hidden size, F intermediate size, V vocabulary.
+#pragma once
+
+#include "attention.h"
+#include "matrix.h"
+
+typedef struct {
+    Matrix qkv, o, gate_up, down;
+    const void *norm1, *norm2;  // [E]
+    void *k_cache, *v_cache;
+} Layer;
+
+// A model, and the room that a step of at most so many tokens works in.
+typedef struct {
+    const Layer *layers;
+    Matrix unembedding;
+    const void *embedding, *norm;    // [V][E], [E]
+    const float *cosines, *sines;    // [positions][head_dim]
+    void *x, *normed, *qkv, *mixed;  // [T][E], [T][E], [T][heads and 2 kv heads][head_dim], [T][heads][head_dim]
+    void *q, *activated;             // [T][heads][head_dim], [T][F]
+    uint8_t *codes;                  // [T][inputs of the widest matrix], where any holds codes
+    float *code_scales;              // [T]
+    int32_t *tiles;                  // [2][T]
+    int num_layers, hidden_size, num_heads, num_kv_heads, head_dim, block_size, is_bf16;
+    float epsilon, scale;
+} Decoder;
+
+// One step. Shapes as in model/inputs.py.
+typedef struct {
+    const int64_t *ids, *positions, *write_blocks, *write_offsets;  // [T]
+    const int64_t *wanted;                                          // [W], ascending
+    const int32_t *query_starts, *context_lens, *block_tables;
+    int64_t table_stride;
+    int num_tokens, num_rows, num_wanted;
+    float *logits;   // [W][V]
+    float *peaks;    // [W]: the largest logit of each row
+    int64_t *places; // [W]: and the first token that has it
+} Step;
+
+typedef struct {
+    const Decoder *decoder;
+    const Step *step;
+    Attention attention;  // of the layer at hand but for its caches
+    int num_items;
+} Forward;
+
+// Runs `body` for the rows that this thread takes, as `row`, and meets the others.
+#define SHARE_ROWS(count, body)                                        \
+    do {                                                               \
+        int from_, to_;                                                \
+        while (take(count, 1, &from_, &to_))                           \
+            for (int64_t row = from_; row < to_; row++) { body; }      \
+        meet();                                                        \
+    } while (0)
+
+// y = W x (+ residual), for a matrix of any kind; codes of x are made first.
+INLINE void apply(const Decoder *d, const Matrix *m, const void *x, const void *residual, void *y, int num_rows,
+                  int width, int is_bf16, int y_is_bf16) {
+    Product product = {x, NULL, residual, y, num_rows, y_is_bf16};
+    if (m->numbers == CODES) {
+        SHARE_ROWS(num_rows, encode_row(x, d->codes, d->code_scales + row, row, width, 4 * m->num_words, is_bf16));
+        product.x = (const uint32_t *)d->codes, product.scales = d->code_scales;
+    }
+    multiply_part(m, &product);
+    meet();
+}
+
+INLINE void norm_rows(const Decoder *d, const void *weight, int num_rows, int is_bf16) {
+    SHARE_ROWS(num_rows, norm_row(d->x, weight, d->normed, row, d->hidden_size, d->epsilon, is_bf16));
+}
+
+// The rows of wanted tokens move to the front; nothing behind the last keys and values reads the others.
+INLINE void keep_wanted(const Step *s, void *rows, int64_t row_bytes) {
+    for (int i = 0; i < s->num_wanted; i++)
+        if (s->wanted[i] != i) memmove((char *)rows + i * row_bytes, (char *)rows + s->wanted[i] * row_bytes, row_bytes);
+}
+
+INLINE void attend_items(Scratch *scratch, const Attention *a, int num_items, int is_bf16) {
+    int from, to;
+    while (take(num_items, 1, &from, &to))
+        for (int i = from; i < to; i++) {
+            const Item item = make_item(a, i);
+            attend_item(scratch, a, &item, is_bf16);
+        }
+    meet();
+}
+
+// One layer; `is_last` computes only what is wanted from its attention on. Returns the rows that are left.
+INLINE int run_layer(const Forward *f, const Layer *layer, Scratch *scratch, int thread, int is_last, int is_bf16) {
+    const Decoder *d = f->decoder;
+    const Step *s = f->step;
+    const int num_tokens = s->num_tokens, q_size = d->num_heads * d->head_dim, bytes = is_bf16 ? 2 : 4;
+    norm_rows(d, layer->norm1, num_tokens, is_bf16);
+    apply(d, &layer->qkv, d->normed, NULL, d->qkv, num_tokens, d->hidden_size, is_bf16, is_bf16);
+    const Rotation rotation = {
+        .qkv = d->qkv, .cosines = d->cosines, .sines = d->sines, .positions = s->positions, .q = d->q,
+        .k_cache = layer->k_cache, .v_cache = layer->v_cache, .blocks = s->write_blocks, .offsets = s->write_offsets,
+        .num_tokens = num_tokens, .num_heads = d->num_heads, .num_kv_heads = d->num_kv_heads,
+        .head_dim = d->head_dim, .block_size = d->block_size};
+    SHARE_ROWS(num_tokens, rotate_token(&rotation, row, is_bf16));
+    Attention attention = f->attention;
+    attention.k_cache = layer->k_cache, attention.v_cache = layer->v_cache;
+    attend_items(scratch, &attention, f->num_items, is_bf16);
+    const int num_left = is_last ? s->num_wanted : num_tokens;
+    if (num_left < num_tokens) {
+        if (thread == 0) {
+            keep_wanted(s, d->mixed, (int64_t)q_size * bytes);
+            keep_wanted(s, d->x, (int64_t)d->hidden_size * bytes);
+        }
+        meet();
+    }
+    if (num_left == 0) return 0;
+    apply(d, &layer->o, d->mixed, d->x, d->x, num_left, q_size, is_bf16, is_bf16);
+    norm_rows(d, layer->norm2, num_left, is_bf16);
+    apply(d, &layer->gate_up, d->normed, NULL, d->activated, num_left, d->hidden_size, is_bf16,
+          is_bf16);
+    apply(d, &layer->down, d->activated, d->x, d->x, num_left, layer->gate_up.num_outputs, is_bf16,
+          is_bf16);
+    return num_left;
+}
+
+INLINE void run_step(const Forward *f, int thread, int is_bf16) {
+    const Decoder *d = f->decoder;
+    const int64_t row_bytes = (int64_t)d->hidden_size * (is_bf16 ? 2 : 4);
+    Scratch scratch;
+    SHARE_ROWS(f->step->num_tokens, memcpy((char *)d->x + row * row_bytes,
+                                           (const char *)d->embedding + f->step->ids[row] * row_bytes, row_bytes));
+    int num_left = f->step->num_tokens;
+    for (int layer = 0; layer < d->num_layers; layer++)
+        num_left = run_layer(f, d->layers + layer, &scratch, thread, layer == d->num_layers - 1, is_bf16);
+    if (num_left == 0) return;
+    norm_rows(d, d->norm, num_left, is_bf16);
+    const Step *s = f->step;
+    const int width = d->unembedding.num_outputs;
+    apply(d, &d->unembedding, d->normed, NULL, s->logits, num_left, d->hidden_size, is_bf16, 0);
+    SHARE_ROWS(num_left, find_peak(s->logits + row * width, width, s->peaks + row, s->places + row));
+}
+
+static void run_step_part(void *work, int thread) {
+    const Forward *f = work;
+    if (f->decoder->is_bf16) run_step(f, thread, 1);
+    else run_step(f, thread, 0);
+}

@@ -1,0 +1,232 @@
+// Matrix products y = x W^T + b over a weight that was packed once: the fast twin of torch.nn.functional.linear.
+//
+// The packed weight (TILE outputs go together; a word is one float32, two bfloat16 or four 8-bit codes of neighbouring
+// inputs):
+//
+//     [ tile 0                                        ][ tile 1 ...
+//       [ word 0 of outputs 0 .. TILE ][ word 1 of outputs 0 .. TILE ] ...
+//
+// so that one output tile is one stream through memory, and a vector of it meets one word of x, the same for all lanes.
+// Outputs beyond the last one and the inputs that fill up the last word are zeros. A gated matrix holds two in one: the
+// first half of each tile are outputs of the gate, the second half the same outputs of the other, and y is
+// silu(gate) * other (Shazeer, 2020).
+//
+// 8-bit codes: W[o][i] = scale[o] * code[o][i], and x[i] = scale * code[i] with a scale for each row of x. Their
+// products are added up as integers, which is exact, and scaled once. Where the machine multiplies unsigned by signed
+// codes, those of x are kept with 128 added, and `offsets` takes out again what that adds to each output.
+//
+// A promise: each result is one chain of multiply-adds from the bias on, input by input, in a register of its own. Its
+// bits depend on its row of x, its row of W and its bias; not on the number of rows, their place, or the threads.
+// Another instruction set may give other last bits.
+#pragma once
+
+#include "rowwise.h"
+#include "team.h"
+
+#include <stddef.h>
+
+#define TILE (2 * LANES)
+#define MAX_ROWS (LANES == 16 ? 12 : 6)  // what the registers hold: two sums for each row, and the operands
+#define MAX_TILES 2
+#define PANEL_BYTES (512 * 1024)  // of x: they stay in the second cache while the weight goes by
+#define AHEAD_BYTES 8192          // of the weight that a single block of rows goes along
+
+// What a matrix holds; the values are known to model/linear_native.py.
+typedef enum { FLOATS, BF16S, CODES } Numbers;
+
+// How words are multiplied. PAIRS: two bfloat16 of a word one after the other, on machines without dots of them.
+typedef enum { FLOAT_WORDS, PAIRS, PAIR_DOTS, CODE_DOTS } Kind;
+
+typedef struct {
+    const uint32_t *words;   // [num_tiles][num_words][TILE]
+    const float *bias;       // [num_tiles * TILE]
+    const float *scales;     // [num_tiles * TILE], of codes
+    const int32_t *offsets;  // [num_tiles * TILE], of codes
+    int num_outputs;         // of y: of a gated matrix as many as each of the two has
+    int num_words;
+    int numbers, is_gated;
+} Matrix;
+
+typedef struct {
+    const uint32_t *x;     // [num_rows][num_words]
+    const float *scales;   // [num_rows], of codes
+    const void *residual;  // [num_rows][num_outputs] like y: added to the rounded product; or NULL
+    void *y;               // [num_rows][num_outputs]
+    int num_rows;
+    int y_is_bf16;
+} Product;
+
+INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+INLINE int tile_outputs(const Matrix *m) { return m->is_gated ? LANES : TILE; }
+
+INLINE int num_tiles(const Matrix *m) { return ceil_div(m->num_outputs, tile_outputs(m)); }
+
+// Stores one vector of results, of which `num_lanes` exist, behind the residual that it is added to.
+INLINE void store_results(const Product *p, int64_t index, vec v, int num_lanes) {
+    if (p->residual != NULL)
+        v = load_numbers(p->residual, index, num_lanes, p->y_is_bf16) + round_to(v, p->y_is_bf16);
+    store_numbers(p->y, index, v, num_lanes, p->y_is_bf16);
+}
+
+INLINE void store_sums(const Matrix *m, const Product *p, int row, int tile, const vec sums[2]) {
+    const int first = tile * tile_outputs(m), num_outputs = m->num_outputs - first;
+    const int64_t index = (int64_t)row * m->num_outputs + first;
+    if (m->is_gated) {
+        store_results(p, index, gated(sums[0], sums[1], p->y_is_bf16), num_outputs);
+        return;
+    }
+    store_results(p, index, sums[0], num_outputs);
+    if (num_outputs > LANES) store_results(p, index + LANES, sums[1], num_outputs - LANES);
+}
+
+// What the sums of codes mean.
+INLINE vec scaled_codes(const Matrix *m, const Product *p, int row, int output, ivec sums) {
+    ivec offsets;
+    memcpy(&offsets, m->offsets + output, sizeof offsets);
+    const vec exact = __builtin_convertvector(sums - offsets, vec);
+    return multiply_add(exact, splat(p->scales[row]) * load(m->scales + output), load(m->bias + output));
+}
+
+// Some rows that are held in registers together: block number `index` of `count` that meet a tile one after the other.
+typedef struct {
+    int row, index, count;
+} Block;
+
+// What memory is to fetch while a block of rows meets a word of a tile: so many bytes from `ahead` on.
+typedef struct {
+    const char *ahead;
+    int bytes;
+} Fetch;
+
+// A single block of rows fetches what it needs soon. Several share the next tile among them, so that memory is as busy
+// during the last block, which finds its tile near, as during the first.
+INLINE Fetch plan_fetch(const Matrix *m, int tile, Block block) {
+    const char *words = (const char *)(m->words + (int64_t)tile * m->num_words * TILE);
+    const int64_t tile_bytes = (int64_t)m->num_words * TILE * 4;
+    if (block.count == 1) return (Fetch){words + AHEAD_BYTES, TILE * 4};
+    return (Fetch){words + tile_bytes + tile_bytes * block.index / block.count, max_int(1, TILE * 4 / block.count)};
+}
+
+// A few rows times a few tiles, held in registers while words go by. Of `sums` and `code_sums` one is used; one array
+// for both types would have the compiler copy its vectors to and fro.
+INLINE void multiply_block(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int num_tiles,
+                           Kind kind) {
+    const int64_t stride = m->num_words, tile_words = (int64_t)m->num_words * TILE;
+    const uint32_t *x = p->x + block.row * stride, *w = m->words + tile * tile_words;
+    Fetch fetch = plan_fetch(m, tile, block);
+    vec sums[MAX_ROWS][2 * MAX_TILES];
+    ivec code_sums[MAX_ROWS][2 * MAX_TILES];
+#pragma GCC unroll 16
+    for (int i = 0; i < num_rows; i++)
+#pragma GCC unroll 16
+        for (int j = 0; j < 2 * num_tiles; j++) {
+            if (kind == CODE_DOTS) code_sums[i][j] = (ivec){0};
+            else sums[i][j] = load(m->bias + tile * TILE + j * LANES);
+        }
+    for (int word = 0; word < m->num_words; word++, w += TILE, fetch.ahead += fetch.bytes) {
+        uvec weights[2 * MAX_TILES];
+#pragma GCC unroll 16
+        for (int j = 0; j < 2 * num_tiles; j++) weights[j] = load_words(w + (j / 2) * tile_words + (j % 2) * LANES);
+#pragma GCC unroll 16
+        for (int j = 0; j < num_tiles; j++)
+            for (int byte = 0; byte < fetch.bytes; byte += 64)
+                __builtin_prefetch(fetch.ahead + 4 * j * tile_words + byte, 0, 2);
+#pragma GCC unroll 16
+        for (int i = 0; i < num_rows; i++) {
+            const uvec both = splat_word(x[i * stride + word]);
+#pragma GCC unroll 16
+            for (int j = 0; j < 2 * num_tiles; j++) {
+                if (kind == CODE_DOTS) code_sums[i][j] = dot_codes(both, weights[j], code_sums[i][j]);
+                else if (kind == FLOAT_WORDS)
+                    sums[i][j] = multiply_add((vec)both, (vec)weights[j], sums[i][j]);
+                else if (kind == PAIR_DOTS) sums[i][j] = dot_bf16(both, weights[j], sums[i][j]);
+                else {
+                    sums[i][j] = multiply_add(first_bf16(both), first_bf16(weights[j]), sums[i][j]);
+                    sums[i][j] = multiply_add(second_bf16(both), second_bf16(weights[j]), sums[i][j]);
+                }
+            }
+        }
+    }
+    for (int i = 0; i < num_rows; i++) {
+        if (kind == CODE_DOTS)
+            for (int j = 0; j < 2 * num_tiles; j++)
+                sums[i][j] = scaled_codes(m, p, block.row + i, tile * TILE + j * LANES, code_sums[i][j]);
+        for (int j = 0; j < num_tiles; j++) store_sums(m, p, block.row + i, tile + j, sums[i] + 2 * j);
+    }
+}
+
+// Few rows leave registers for a second tile: more chains at a time, and two streams for the memory to follow.
+INLINE void multiply_tiles(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows, Kind kind) {
+    const int at_once = num_rows <= 3 ? MAX_TILES : 1;
+    int tile = from;
+    for (; tile + at_once <= to; tile += at_once) multiply_block(m, p, block, tile, num_rows, at_once, kind);
+    if (tile < to) multiply_block(m, p, block, tile, num_rows, 1, kind);
+}
+
+INLINE void multiply_rows(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows, Kind kind) {
+    switch (num_rows) {
+        case 1: multiply_tiles(m, p, block, from, to, 1, kind); break;
+        case 2: multiply_tiles(m, p, block, from, to, 2, kind); break;
+        case 3: multiply_tiles(m, p, block, from, to, 3, kind); break;
+        case 4: multiply_tiles(m, p, block, from, to, 4, kind); break;
+        case 5: multiply_tiles(m, p, block, from, to, 5, kind); break;
+        case 6: multiply_tiles(m, p, block, from, to, 6, kind); break;
+#if LANES == 16
+        case 7: multiply_tiles(m, p, block, from, to, 7, kind); break;
+        case 8: multiply_tiles(m, p, block, from, to, 8, kind); break;
+        case 9: multiply_tiles(m, p, block, from, to, 9, kind); break;
+        case 10: multiply_tiles(m, p, block, from, to, 10, kind); break;
+        case 11: multiply_tiles(m, p, block, from, to, 11, kind); break;
+        case 12: multiply_tiles(m, p, block, from, to, 12, kind); break;
+#endif
+    }
+}
+
+static void multiply_floats(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
+    multiply_rows(m, p, block, from, to, num_rows, FLOAT_WORDS);
+}
+
+static void multiply_bf16s(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
+    multiply_rows(m, p, block, from, to, num_rows, HAS_BF16_DOT ? PAIR_DOTS : PAIRS);
+}
+
+static void multiply_codes(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
+    multiply_rows(m, p, block, from, to, num_rows, CODE_DOTS);
+}
+
+// The rows [first, last) times the tiles [from, to), in blocks of about equal numbers of rows.
+static void multiply_panel(const Matrix *m, const Product *p, int first, int last, int from, int to) {
+    const int num_blocks = ceil_div(last - first, MAX_ROWS);
+    const int per_block = ceil_div(last - first, num_blocks);
+    // All blocks of rows meet a tile while it is near; a single block goes along all tiles.
+    const int step = num_blocks == 1 ? to - from : 1;
+    for (int tile = from; tile < to; tile += step)
+        for (Block block = {first, 0, num_blocks}; block.row < last; block.index++, block.row += per_block) {
+            const int num_rows = min_int(per_block, last - block.row);
+            switch (m->numbers) {
+                case FLOATS: multiply_floats(m, p, block, tile, tile + step, num_rows); break;
+                case BF16S: multiply_bf16s(m, p, block, tile, tile + step, num_rows); break;
+                default: multiply_codes(m, p, block, tile, tile + step, num_rows);
+            }
+        }
+}
+
+// A thread's part of a product. Parts are tiles, of one panel of rows after the other.
+static void multiply_part(const Matrix *m, const Product *p) {
+    const int per_panel = max_int(4, PANEL_BYTES / (m->num_words * 4) / MAX_ROWS) * MAX_ROWS;
+    const int tiles = num_tiles(m), num_panels = ceil_div(p->num_rows, per_panel);
+    int from, to;
+    while (take(num_panels * tiles, MAX_TILES, &from, &to))
+        while (from < to) {
+            const int panel = from / tiles, until = min_int(to, (panel + 1) * tiles);
+            multiply_panel(m, p, panel * per_panel, min_int((panel + 1) * per_panel, p->num_rows),
+                           from - panel * tiles, until - panel * tiles);
+            from = until;
+        }
+}
+
+// About how long one thread would take for a row, in vectors of multiplications; reading the weight costs as much as 8.
+INLINE int64_t effort(const Matrix *m, int num_rows) {
+    return (int64_t)(num_rows + 8) * num_tiles(m) * m->num_words * 2;
+}

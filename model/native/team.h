@@ -1,0 +1,182 @@
+// Threads that compute one thing together: they take parts of it as they can, and meet before they go on to the next.
+//
+// One team for each library, asleep while there is no work. Whoever waits looks on for a moment, which is how long a
+// meeting takes when all threads have a core, and then sleeps: a thread that went on spinning would keep the core from
+// the one it waits for, once another process wants one. Which thread computes what is left to chance and must not show
+// in any result. It does not know what is computed.
+#pragma once
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <time.h>
+
+#include "simd.h"
+
+#define MAX_THREADS 255
+#define MEETING_SPIN 50000  // nanoseconds before a thread sleeps that waits for the others of its team
+#define IDLE_SPIN 5000      // ... that waits for the team's next work
+
+typedef void (*Part)(void *work, int thread);
+
+// A number that changes, and a way to wait for its change.
+typedef struct {
+    atomic_uint value;
+    atomic_int num_sleeping;
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+} Signal;
+
+#define SIGNAL {0, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER}
+
+static struct {
+    pthread_mutex_t used;  // by one caller at a time
+    int num_started, num_threads;
+    Part part;
+    void *work;
+    atomic_int num_taken, num_arrived;
+    Signal job;  // (count << 8) + number of threads that it is for
+    Signal meeting;
+#if defined(__linux__)
+    int num_cpus;
+    int cpus[MAX_THREADS];
+#endif
+} team = {.used = PTHREAD_MUTEX_INITIALIZER, .job = SIGNAL, .meeting = SIGNAL};
+
+static int64_t nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+INLINE void pause_briefly(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// Returns the value once it is not `old`. A sleeper counts itself first and looks at the value afterwards, a changer
+// changes the value first and looks for sleepers afterwards, so that one of them sees the other.
+static unsigned wait_for_change(Signal *s, unsigned old, int64_t spin) {
+    const int64_t until = nanoseconds() + spin;
+    do {
+        for (int i = 0; i < 32; i++, pause_briefly())
+            if (atomic_load(&s->value) != old) return atomic_load(&s->value);
+    } while (nanoseconds() < until);
+    atomic_fetch_add(&s->num_sleeping, 1);
+    pthread_mutex_lock(&s->mutex);
+    while (atomic_load(&s->value) == old) pthread_cond_wait(&s->changed, &s->mutex);
+    pthread_mutex_unlock(&s->mutex);
+    atomic_fetch_sub(&s->num_sleeping, 1);
+    return atomic_load(&s->value);
+}
+
+static void change(Signal *s, unsigned value) {
+    atomic_store(&s->value, value);
+    if (atomic_load(&s->num_sleeping) == 0) return;
+    pthread_mutex_lock(&s->mutex);
+    pthread_cond_broadcast(&s->changed);
+    pthread_mutex_unlock(&s->mutex);
+}
+
+// Waits until every thread of the team has come here; what is taken next starts anew.
+static void meet(void) {
+    const unsigned meeting = atomic_load(&team.meeting.value);
+    if (atomic_fetch_add(&team.num_arrived, 1) + 1 < team.num_threads) {
+        wait_for_change(&team.meeting, meeting, MEETING_SPIN);
+        return;
+    }
+    atomic_store(&team.num_arrived, 0);
+    atomic_store(&team.num_taken, 0);
+    change(&team.meeting, meeting + 1);
+}
+
+// Takes the next parts [from, to) of `total`, at least `least` where so many are left. Returns 0 when all are taken.
+// Large pieces first and small ones in the end: few grabs, and threads that were held up leave the rest to the others.
+INLINE int take(int total, int least, int *from, int *to) {
+    int taken = atomic_load_explicit(&team.num_taken, memory_order_relaxed), count;
+    do {
+        if (taken >= total) return 0;
+        count = team.num_threads == 1 ? total : max_int(least, (total - taken) / (2 * team.num_threads));
+        count = min_int(count, total - taken);
+    } while (!atomic_compare_exchange_weak(&team.num_taken, &taken, taken + count));
+    *from = taken, *to = taken + count;
+    return 1;
+}
+
+static void stay_on_cpu(int thread) {
+#if defined(__linux__)
+    if (team.num_cpus == 0) return;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(team.cpus[thread % team.num_cpus], &set);
+    pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // refused where the system forbids it: then it may move
+#else
+    (void)thread;
+#endif
+}
+
+static void *work_on(void *argument) {
+    const int thread = (int)(intptr_t)argument;
+    unsigned job = 0;
+    stay_on_cpu(thread);
+    for (;;) {
+        job = wait_for_change(&team.job, job, IDLE_SPIN);
+        if (thread >= (int)(job & 0xff)) continue;
+        team.part(team.work, thread);
+        meet();
+    }
+    return NULL;
+}
+
+// A child of fork has none of its parent's threads.
+static void forget_threads(void) {
+    team.num_started = 0;
+    atomic_store(&team.num_arrived, 0);
+    atomic_store(&team.num_taken, 0);
+    team.used = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    team.job = team.meeting = (Signal)SIGNAL;
+}
+
+// Starts what is missing of `num_threads`, the caller being one. Returns how many there are.
+static int gather(int num_threads) {
+    if (team.num_started == 0) {
+        pthread_atfork(NULL, NULL, forget_threads);
+        stay_on_cpu(0);
+        team.num_started = 1;
+    }
+    for (; team.num_started < min_int(num_threads, MAX_THREADS); team.num_started++) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, work_on, (void *)(intptr_t)team.num_started)) break;
+        pthread_detach(thread);
+    }
+    return min_int(num_threads, team.num_started);
+}
+
+// Has `part` run once by each of so many threads, the caller being number 0, and returns when all have.
+static void run_together(Part part, void *work, int num_threads) {
+    pthread_mutex_lock(&team.used);
+    team.num_threads = gather(num_threads);
+    team.part = part, team.work = work;
+    atomic_store(&team.num_taken, 0);
+    if (team.num_threads > 1) {
+        const unsigned count = (atomic_load(&team.job.value) >> 8) + 1;
+        change(&team.job, (count << 8) + team.num_threads);
+    }
+    part(work, 0);
+    meet();
+    pthread_mutex_unlock(&team.used);
+}
+
+// From now on thread i keeps to the CPU cpus[i], the caller's included. To be called before any work.
+__attribute__((visibility("default"))) void quire_keep_to_cpus(const int *cpus, int num_cpus) {
+#if defined(__linux__)
+    team.num_cpus = min_int(num_cpus, MAX_THREADS);
+    memcpy(team.cpus, cpus, sizeof(int) * team.num_cpus);
+#else
+    (void)cpus, (void)num_cpus;
+#endif
+}
