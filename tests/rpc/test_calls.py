@@ -1,10 +1,12 @@
 """Calls that do not go well: cancels in every state, deadlines, full queues, slow readers, lost engines, bugs."""
 
 import asyncio
+import time
 
 import grpc
 import pytest
 
+from service.errors import ReaderStalled
 from service.pb.quire.v1 import inference_pb2 as pb
 from service.rpc.inference import InferenceServicer
 from tests.rpc.conftest import TEXT, Served, failure_of, failure_of_stream, rest_of
@@ -187,6 +189,23 @@ async def test_deltas_of_a_slow_reader_are_merged_and_never_dropped(serve, token
     assert kinds == ["started", "delta", "delta", "finished"]
     assert [m.delta.num_tokens for m in context.written[1:3]] == [1, num_tokens - 1]
     assert "".join(m.delta.text for m in context.written) == TEXT * 5
+
+
+async def test_the_stall_limit_counts_from_the_beginning_of_a_write(serve):
+    stall_seconds = 0.4
+    served = await serve(reader_stall_seconds=stall_seconds)
+    context = ParkedContext()
+    writing = asyncio.create_task(served.front_end._servicer().StreamGenerate(stream_request(500), context))
+    await served.until(lambda: bool(served.engine.submitted))
+    for _ in range(2):  # Started and the first Delta, each slow, but not too slow
+        await asyncio.sleep(0.7 * stall_seconds)
+        context.gate.release()
+    await served.until(lambda: len(context.written) == 2)
+    parked_at = time.monotonic()
+    with pytest.raises(ReaderStalled):
+        await writing
+    assert 0.9 * stall_seconds < time.monotonic() - parked_at < 5 * stall_seconds
+    await served.idle()
 
 
 class BrokenContext(ParkedContext):
