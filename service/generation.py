@@ -4,7 +4,8 @@ Text is made and stop strings are matched when tokens arrive, not when the calle
 in the engine at once, whoever reads. It knows neither gRPC nor protobuf, nor how the engine schedules.
 
     engine ──on_token──► detokeniser ──► stop matcher ──► mailbox ──next_delta──► the caller's writer
-                                                          (one place; new output joins what was not taken yet)
+                                                          (one place; new output joins what was not taken yet,
+                                                          and is announced every DELTA_SECONDS at most)
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from service.errors import UNMEASURED_RETRY_SECONDS, DeadlineExceeded, EngineLos
 from service.metrics import RequestMetrics
 from service.output import Delta, Mailbox, TextStream
 from service.text.tokenizer import Tokenizer
+
+DELTA_SECONDS = 0.02
+"""A reader is given a new delta this long after the one before, and what was drawn meanwhile in one: a message costs
+ten times the work of a token. The first token and the end do not wait.
+"""
 
 
 class EndReason(StrEnum):
@@ -120,6 +126,8 @@ class Generation:
         self._mailbox = Mailbox()
         self._has_news = asyncio.Event()
         self._has_ended = asyncio.Event()
+        self._next_delta_at = 0.0
+        self._announcement: asyncio.TimerHandle | None = None
         self._end: Finish | Exception | None = None
         self._last_token_id = NO_TOKEN
 
@@ -166,19 +174,20 @@ class Generation:
     # What the caller's side does.
 
     async def next_delta(self) -> Delta | None:
-        """Everything new since the last call; waits until there is something. None after a good end.
+        """Everything new since the last call; waits until it is announced. None after a good end.
 
         Raises what ended the generation otherwise: a QuireError, or whatever a bug raised.
         """
         while True:
+            await self._has_news.wait()
+            if self._end is None:
+                self._has_news.clear()
             if (delta := self._mailbox.take()) is not None:
                 return delta
             if isinstance(self._end, Exception):
                 raise self._end
             if self._end is not None:
                 return None
-            self._has_news.clear()
-            await self._has_news.wait()
 
     async def whole(self) -> Delta:
         """All the output, once it is complete. Raises as `next_delta`."""
@@ -225,7 +234,8 @@ class Generation:
 
     def _take(self, token_id: int, logprobs: TokenLogprobs | None, preemptions: int) -> None:
         """Puts a token into the mailbox, and ends everything when it completes a stop string."""
-        self._note_time()
+        now = time.monotonic()
+        self._note_time(now)
         self.num_tokens += 1
         self._mailbox.put_token(token_id, logprobs, keep_id=self.request.wants_token_ids)
         self._last_token_id = token_id
@@ -235,10 +245,22 @@ class Generation:
             if matched is not None:
                 self._end_with(self._finish(EndReason.STOP, matched, preemptions))
                 self._cancel_in_engine()
-        self._has_news.set()
+        self._announce(now)
 
-    def _note_time(self) -> None:
-        now = time.monotonic()
+    def _announce(self, now: float) -> None:
+        """Wakes the reader: at once, or where its last delta is too recent, when it no longer is."""
+        if now >= self._next_delta_at:
+            self._next_delta_at = now + DELTA_SECONDS
+            self._has_news.set()
+        elif self._announcement is None:
+            loop = asyncio.get_running_loop()
+            self._announcement = loop.call_later(self._next_delta_at - now, self._announce_late)
+
+    def _announce_late(self) -> None:
+        self._announcement = None
+        self._announce(self._next_delta_at)
+
+    def _note_time(self, now: float) -> None:
         if self.last_token_at is None:
             assert self.scheduled_at is not None, "a token before the start"
             self.first_token_at = now

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -239,6 +240,9 @@ async def serve(settings: Settings, socket_path: str, heartbeat_fd: int) -> None
             made.show(sys.stdout)
 
     front_end = FrontEnd(settings, partial(EngineClient, socket_path), on_ready)
+    # What was loaded stays: collections that walk it would only hold up streams.
+    gc.collect()
+    gc.freeze()
 
     def on_orphaned() -> None:
         """Without a supervisor there is no engine either: nothing can finish."""

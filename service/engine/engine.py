@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from model.interface import Batch, Pending, Runner
 from service.engine.block_pool import BlockPool
@@ -18,6 +18,8 @@ from service.engine.messages import FinishCode, Report, StepStats, Submit
 from service.engine.policy import urgency
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence
+
+NO_STEP = StepStats()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Engine:
         seconds = now - max(step.launched_at, self._committed_at)
         self._committed_at = now
         self.scheduler.commit(step.batch, sampled)
-        num_decoding = sum(row.num_tokens == 1 for row in step.batch.rows)
+        num_decoding = [row.num_tokens for row in step.batch.rows].count(1)
         self.scheduler.budget.observe(num_decoding, step.batch.num_tokens - num_decoding, seconds)
         return StepStats(
             num_rows=len(step.batch.rows),
@@ -121,7 +123,7 @@ class Engine:
         """Everything since the report before."""
         scheduler, pool = self.scheduler, self.scheduler.pool
         outcomes, counters = scheduler.take()
-        ended = ended or StepStats()
+        ended = ended or NO_STEP
         stats = StepStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -133,7 +135,11 @@ class Engine:
             num_sampled=ended.num_sampled,
             step_seconds=ended.step_seconds,
             schedule_seconds=schedule_seconds,
-            **asdict(counters),
+            num_preemptions=counters.num_preemptions,
+            recomputed_tokens=counters.recomputed_tokens,
+            dropped_tokens=counters.dropped_tokens,
+            prefix_query_tokens=counters.prefix_query_tokens,
+            prefix_hit_tokens=counters.prefix_hit_tokens,
         )
         return Report(
             ids=outcomes.ids,

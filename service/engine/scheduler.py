@@ -102,10 +102,10 @@ class Scheduler:
         """The next step. Sequences past their deadline end first; then the running go on; then the waiting start."""
         self._expire(now)
         rows: list[Row] = []
-        share = self.budget.share(sum(sequence.num_uncomputed == 1 for sequence in self._running))
+        share = self.budget.share([sequence.num_uncomputed for sequence in self._running].count(1))
         share = self._continue(rows, share)
         self._admit(rows, share, now)
-        return Batch(rows, sum(row.num_tokens for row in rows))
+        return Batch(rows, sum([row.num_tokens for row in rows]))
 
     def commit(self, batch: Batch, sampled: Sampled) -> None:
         """Takes in an ended step: its tokens, the blocks it filled, and whatever only it still held."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, TypeAlias
+from types import TracebackType
+from typing import Any, Self, TypeAlias
 
 import grpc
 
@@ -67,12 +68,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def StreamGenerate(self, request: pb.StreamGenerateRequest, context: Context) -> None:
         with self._generations.held(await self._accept(request, context)) as generation:
-            writer = _StreamWriter(context, generation, self._settings.reader_stall_seconds)
-            while (output := await generation.next_delta()) is not None:
-                if writer.num_written == 0:
-                    await writer.write(started=answers.started(generation))
-                await writer.write(delta=answers.delta(output))
-            await writer.write(finished=answers.finished(generation))
+            async with _StreamWriter(context, generation, self._settings.reader_stall_seconds) as writer:
+                while (output := await generation.next_delta()) is not None:
+                    if writer.num_written == 0:
+                        await writer.write(pb.StreamGenerateResponse(started=answers.started(generation)))
+                    await writer.write(answers.delta_event(output))
+                await writer.write(pb.StreamGenerateResponse(finished=answers.finished(generation)))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         encoded = await self._converter.tokens(request)
@@ -104,26 +105,54 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 class _StreamWriter:
-    """Writes the numbered messages of one stream. Raises ReaderStalled when a write waits longer than the limit.
+    """Writes the numbered messages of one stream, entered while they go out.
 
-    The generation is over by then; its status goes out behind what the transport already took (megabytes, at most),
-    once the caller reads again.
+    Leaving it raises ReaderStalled when a write waited longer than the limit. The generation is over by then; its
+    status goes out behind what the transport already took (megabytes, at most), once the caller reads again.
     """
 
     def __init__(self, context: Context, generation: Generation, stall_seconds: float) -> None:
         self._context = context
         self._generation = generation
         self._stall_seconds = stall_seconds
+        self._loop = asyncio.get_running_loop()
+        self._limit = asyncio.timeout(None)
+        self._writing_since: float | None = None
         self.num_written = 0
 
-    async def write(self, **event: Any) -> None:
-        message = pb.StreamGenerateResponse(sequence_number=self.num_written, **event)
+    async def write(self, message: pb.StreamGenerateResponse) -> None:
+        message.sequence_number = self.num_written
+        self._writing_since = self._loop.time()
         try:
-            async with asyncio.timeout(self._stall_seconds):
-                await self._context.write(message)
-        except TimeoutError:
-            raise ReaderStalled from None
+            await self._context.write(message)
         except grpc.aio.InternalError:  # the connection broke under the write
             self._generation.abandon()
             raise
+        self._writing_since = None
         self.num_written += 1
+
+    async def __aenter__(self) -> Self:
+        await self._limit.__aenter__()
+        self._watch()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise ReaderStalled from None
+
+    def _watch(self) -> None:
+        """Ends a write that has reached the limit, or comes again when one may have.
+
+        One timer a stream: one a write would cost as much as all else that Python does for a token.
+        """
+        now = self._loop.time()
+        began = now if self._writing_since is None else self._writing_since
+        if began + self._stall_seconds <= now:
+            self._limit.reschedule(now)
+        else:
+            self._timer = self._loop.call_at(began + self._stall_seconds, self._watch)

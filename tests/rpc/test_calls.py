@@ -1,10 +1,13 @@
 """Calls that do not go well: cancels in every state, deadlines, full queues, slow readers, lost engines, bugs."""
 
 import asyncio
+import time
 
 import grpc
 import pytest
 
+from service import generation
+from service.errors import ReaderStalled
 from service.pb.quire.v1 import inference_pb2 as pb
 from service.rpc.inference import InferenceServicer
 from tests.rpc.conftest import TEXT, Served, failure_of, failure_of_stream, rest_of
@@ -187,6 +190,62 @@ async def test_deltas_of_a_slow_reader_are_merged_and_never_dropped(serve, token
     assert kinds == ["started", "delta", "delta", "finished"]
     assert [m.delta.num_tokens for m in context.written[1:3]] == [1, num_tokens - 1]
     assert "".join(m.delta.text for m in context.written) == TEXT * 5
+
+
+async def test_tokens_that_follow_a_delta_closely_leave_together(serve, monkeypatch):
+    monkeypatch.setattr(generation, "DELTA_SECONDS", 0.2)
+    served = await serve(FakeEngine(pause_at=6))
+    began = time.monotonic()
+    call = served.stub.StreamGenerate(stream_request(9))
+    assert (await call.read()).HasField("started")
+    assert (await call.read()).delta.num_tokens == 1, "the first token does not wait"
+    assert time.monotonic() - began < 0.2
+    assert (await call.read()).delta.num_tokens == 5
+    assert time.monotonic() - began >= 0.2
+    served.engine.resume()
+    assert (await call.read()).delta.num_tokens == 3
+    assert (await call.read()).HasField("finished")
+    assert time.monotonic() - began < 0.4, "the end does not wait"
+
+
+async def test_a_token_that_follows_a_delta_late_does_not_wait(serve, monkeypatch):
+    monkeypatch.setattr(generation, "DELTA_SECONDS", 0.2)
+    served = await serve(FakeEngine(pause_at=1))
+    call = served.stub.StreamGenerate(stream_request(9))
+    assert [(await call.read()).WhichOneof("event") for _ in range(2)] == ["started", "delta"]
+    await asyncio.sleep(0.25)
+    began = time.monotonic()
+    served.engine.resume(pause_at=2)
+    assert (await call.read()).delta.num_tokens == 1
+    assert time.monotonic() - began < 0.2
+
+
+async def test_a_failure_does_not_wait(serve, monkeypatch):
+    monkeypatch.setattr(generation, "DELTA_SECONDS", 60.0)
+    served = await serve(FakeEngine(pause_at=3))
+    call = served.stub.StreamGenerate(stream_request(9))
+    assert [(await call.read()).WhichOneof("event") for _ in range(2)] == ["started", "delta"]
+    await served.until(lambda: all(one.num_tokens == 3 for one in served.engine.sequences.values()))
+    served.engine.die(is_recoverable=False)
+    assert (await call.read()).delta.num_tokens == 2
+    assert (await failure_of_stream(call)).reason == "ENGINE_LOST"
+
+
+async def test_the_stall_limit_counts_from_the_beginning_of_a_write(serve):
+    stall_seconds = 0.4
+    served = await serve(reader_stall_seconds=stall_seconds)
+    context = ParkedContext()
+    writing = asyncio.create_task(served.front_end._servicer().StreamGenerate(stream_request(500), context))
+    await served.until(lambda: bool(served.engine.submitted))
+    for _ in range(2):  # Started and the first Delta, each slow, but not too slow
+        await asyncio.sleep(0.7 * stall_seconds)
+        context.gate.release()
+    await served.until(lambda: len(context.written) == 2)
+    parked_at = time.monotonic()
+    with pytest.raises(ReaderStalled):
+        await writing
+    assert 0.9 * stall_seconds < time.monotonic() - parked_at < 5 * stall_seconds
+    await served.idle()
 
 
 class BrokenContext(ParkedContext):

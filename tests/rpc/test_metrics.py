@@ -7,6 +7,7 @@ import struct
 import urllib.request
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import metrics
@@ -35,6 +36,19 @@ def assert_reconciled(samples: Samples) -> None:
     ended = sum(value(samples, "quire_requests_total", outcome=o) for o in ("ok", "failed", "cancelled"))
     open_now = value(samples, "quire_num_requests_running") + value(samples, "quire_num_requests_waiting")
     assert value(samples, "quire_requests_accepted_total") == ended + open_now
+
+
+def test_a_token_histogram_reads_as_the_librarys_own():
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    histograms = (
+        metrics.TokenHistogram("gap_seconds", "Gaps.", metrics.SECONDS, ours),
+        Histogram("gap_seconds", "Gaps.", buckets=metrics.SECONDS, registry=theirs),
+    )
+    for seconds in (0.0, 0.0015, *metrics.SECONDS, 0.07, 700.0, 700.0):
+        for histogram in histograms:
+            histogram.observe(seconds)
+    without_creation = [line for line in generate_latest(theirs).decode().splitlines() if "_created" not in line]
+    assert generate_latest(ours).decode().splitlines() == without_creation
 
 
 async def test_metrics_equal_what_callers_saw(serve):

@@ -86,8 +86,9 @@ class InferenceServiceServicer:
 
     def StreamGenerate(self, request, context):
         """Generates and streams: one Started, then Deltas, then one Finished.
-        Headers and Started leave together with the first token, so that a client may retry until then. Deltas of a slow
-        reader are merged, never dropped.
+        Headers and Started leave together with the first token, so that a client may retry until then. The first Delta
+        and the last leave at once; in between, tokens drawn within 20 ms of a Delta leave together in the next one.
+        Deltas of a slow reader are merged, never dropped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
