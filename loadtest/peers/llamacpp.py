@@ -187,9 +187,7 @@ def measure(port: int, works: Sequence[Work]) -> Figures:
     if len(works) > 1:
         return output_figures(sum(work.num_new for work in works), seconds)
     timings, [work] = answers[0]["timings"], works
-    return single_figures(
-        len(work.prompt), work.num_new, timings["prompt_ms"] / 1_000, timings["predicted_ms"] / 1_000
-    )
+    return single_figures(len(work.prompt), work.num_new, timings["prompt_ms"] / 1_000, timings["predicted_ms"] / 1_000)
 
 
 class Reader:
