@@ -4,9 +4,9 @@
         [--engines quire quire-grpc llamacpp openvino] [--rounds 3] [--out FILE]
     python -m loadtest.bench_cpu --table FILE
 
-Each round runs every engine on every piece of work, one after the other, each in a process of its own (loadtest/peers). A
-run during which other processes took more than a tenth of the machine is repeated, a bounded number of times. Every result
-is appended to a JSONL file at once; `--table` prints a file's table again. The last line is one JSON document.
+Each round runs every engine on every piece of work, one after the other, each in a process of its own (loadtest/peers).
+A run during which other processes took more than a tenth of the machine is repeated, a bounded number of times. Every
+result is appended to a JSONL file at once; `--table` prints a file's table again. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from loadtest.limits import Limits, measure_all
 from loadtest.machine import OUT, ROOT, TOLERATED_SHARE, cpu_times, describe, others_share
 from loadtest.peers.runner import PRECISIONS
 from loadtest.peers.works import DEFAULT_BATCH, works_of
-from loadtest.roofline import WEIGHT_BYTES, MachineRates, ModelCost, least_figures, least_time
+from loadtest.roofline import MachineRates, ModelCost, least_figures, least_time
 
 WORK = ROOT / "loadtest" / "peers" / "work"
 RUN_SECONDS = 600.0
@@ -87,17 +88,13 @@ def parse(arguments: Sequence[str] | None) -> Plan | Path:
     """The command line: a plan, or the file whose table is wanted. Exits with 2 for mistakes."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench_cpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a file and measure nothing")
-    parser.add_argument(
-        "--models", type=Path, default=WORK / "models", help="folder of the models (default: %(default)s)"
-    )
+    parser.add_argument("--models", type=Path, default=WORK / "models", help="folder of the models")
     parser.add_argument("--model", nargs="+", default=["M"], help="their names (default: M)")
     parser.add_argument("--work", nargs="+", default=["W1", "W2/8", "W2/32", "W2/64", "W3", "W5"], metavar="W[/BATCH]")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "int8"])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument(
-        "--tries", type=int, default=3, help="runs of a noisy measurement at most (default: %(default)s)"
-    )
+    parser.add_argument("--tries", type=int, default=3, help="runs of a noisy measurement (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="JSONL file to append to (default: a new one in loadtest/out)")
     given = parser.parse_args(arguments)
@@ -139,30 +136,20 @@ def measure(plan: Plan) -> None:
 def session(plan: Plan) -> dict[str, Any]:
     """Where and when, with the machine's limits and what they mean for each cell."""
     rates = measure_all([plan.threads])[plan.threads]
-    limits = []
-    for cell in plan.cells:
-        config = json.loads((plan.models / cell.model / "config.json").read_text())
-        limits.append([{"cell": as_cell_record(cell)}, limits_of(cell, config, rates)])
+    configs = {cell.model: json.loads((plan.models / cell.model / "config.json").read_text()) for cell in plan.cells}
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "machine": describe(),
         "threads": plan.threads,
         "limits": rates,
-        "cells": [{**first, "limits": second} for first, second in limits],
+        "cells": [{"cell": asdict(cell), "limits": limits_of(cell, configs[cell.model], rates)} for cell in plan.cells],
     }
-
-
-def as_cell_record(cell: Cell) -> dict[str, Any]:
-    """A cell as JSON has it."""
-    return {"model": cell.model, "workload": cell.workload, "batch": cell.batch, "precision": cell.precision}
 
 
 def limits_of(cell: Cell, config: Mapping[str, Any], limits: Limits) -> dict[str, float]:
     """The best that each figure of a cell could be on this machine; empty where the machine cannot say."""
     cost = ModelCost.from_config(config)
-    rates = MachineRates.of(
-        limits, cell.precision, WEIGHT_BYTES[cell.precision] * (cost.layer_weights + cost.head_weights)
-    )
+    rates = MachineRates.of(limits, cell.precision, cost.weight_bytes(cell.precision))
     if rates is None:
         return {}
     works = works_of(cell.workload, cell.batch, config["vocab_size"])
@@ -178,7 +165,7 @@ def measure_quietly(plan: Plan, number: int, cell: Cell, name: str) -> None:
             found = run(command_of(plan, cell, ENGINES[name]))
         except RunFailed as failure:
             print(f"round {number}  {cell.title:16} {name:12} failed: {failure}", flush=True)
-            append(plan.out, {"failure": {"engine": name, "cell": as_cell_record(cell), "message": str(failure)}})
+            append(plan.out, {"failure": {"engine": name, "cell": asdict(cell), "message": str(failure)}})
             return
         share = round(others_share(before, cpu_times()), 3)
         measurement = Measurement(cell, name, number, share, found["figures"])
@@ -211,12 +198,23 @@ def command_of(plan: Plan, cell: Cell, engine: Engine) -> list[str]:
 def run(command: Sequence[str]) -> dict[str, Any]:
     """Runs a runner. Returns the document of its last line; raises RunFailed."""
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        # A session of its own, so that a runner that must be ended takes its servers with it.
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    except OSError as error:
         raise RunFailed(str(error)) from None
-    if done.returncode:
-        raise RunFailed((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    return last_document(done.stdout)
+    try:
+        output, complaint = process.communicate(timeout=RUN_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"no result after {RUN_SECONDS:.0f} s") from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    if process.returncode:
+        raise RunFailed((complaint.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
+    return last_document(output)
 
 
 def last_document(output: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from loadtest.timing import median_and_spread
 OURS = "quire"
 OURS_THROUGH_GRPC = "quire-grpc"
 
+NOTHING = "\N{EN DASH}"
+
 Spread = dict[str, float]
 
 
@@ -190,7 +192,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         digits = FIGURES[row.figure].digits
         cells = [as_text(row.engines.get(engine), digits, row.num_noisy.get(engine, 0) > 0) for engine in engines]
-        share = "–" if row.share_of_limit is None else f"{row.share_of_limit:.0%}"
+        share = NOTHING if row.share_of_limit is None else f"{row.share_of_limit:.0%}"
         ratios = [as_text(row.ratio, 2), as_text(row.grpc_over_engine, 2)]
         lines.append(as_line([f"{row.cell.title}: {FIGURES[row.figure].title}", *cells, *ratios, share]))
     return "\n".join(lines)
@@ -204,6 +206,6 @@ def as_line(cells: Iterable[str]) -> str:
 def as_text(spread: Spread | None, digits: int, is_noisy: bool = False) -> str:
     """A median with its least and largest."""
     if spread is None:
-        return "–"
+        return NOTHING
     median, least, largest = (f"{spread[key]:,.{digits}f}" for key in ("median", "min", "max"))
     return f"{'~' if is_noisy else ''}{median} ({least} to {largest})"

@@ -2,9 +2,9 @@
 
     python -m loadtest.limits [--threads 1 2]
 
-Compiles limits.c for this machine into a folder of its own. Memory and the last level of the cache are read in large
-and small pieces; operations are those of the dot-product instructions on registers alone, which no kernel can exceed. Each
-figure is the best of several tries: others on the machine only ever take away. The last line is one JSON document.
+Compiles limits.c for this machine. Memory and the last level of the cache are read in large and small pieces;
+operations are those of the dot-product instructions on registers alone, which no kernel can exceed. Each figure is the
+best of several tries: others on the machine only ever take away. The last line is one JSON document.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models to measure with: random weights in the shapes S, M and L, as Hugging Face directories, the same for the same seed.
+"""Models to measure with: seeded random weights in the shapes S, M and L, as Hugging Face directories.
 
     python -m loadtest.models DIR [S M L]
 

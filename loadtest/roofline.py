@@ -1,8 +1,8 @@
-"""The least time in which a machine can do a workload, from bytes moved and operations done. Pure; standard library only.
+"""The least time in which a machine can do a workload, from bytes moved and operations done. Standard library only.
 
-A model's products read every weight once a step and do two operations per weight and token; attention reads the keys and
-values of a token's context and does four operations per element of its query. Nothing else is counted, and reading and
-computing are taken to overlap entirely, so that no engine can be faster.
+A model's products read every weight once a step and do two operations per weight and token; attention reads the keys
+and values of a token's context and does four operations per element of its query and position. Nothing else is counted,
+and reading and computing are taken to overlap entirely, so that no engine can be faster.
 """
 
 from __future__ import annotations
@@ -39,6 +39,15 @@ class ModelCost:
         head = config["vocab_size"] * hidden
         return cls(num_layers * layer, head, num_layers * q_size, 2 * num_layers * kv_size)
 
+    @property
+    def weights(self) -> int:
+        """All that a step reads."""
+        return self.layer_weights + self.head_weights
+
+    def weight_bytes(self, precision: str) -> int:
+        """Their size."""
+        return WEIGHT_BYTES[precision] * self.weights
+
 
 @dataclass(frozen=True, slots=True)
 class MachineRates:
@@ -68,7 +77,7 @@ class LeastTime:
 
 def least_time(cost: ModelCost, rates: MachineRates, precision: str, works: Sequence[Work]) -> LeastTime:
     """Of requests that begin together: prompts as one batch, then as many steps as the longest answer takes."""
-    weight_seconds = WEIGHT_BYTES[precision] * (cost.layer_weights + cost.head_weights) / rates.bytes_read
+    weight_seconds = cost.weight_bytes(precision) / rates.bytes_read
     prompts = [len(work.prompt) for work in works]
     products = 2 * (sum(prompts) * cost.layer_weights + len(works) * cost.head_weights)
     attention = 4 * cost.attention_width * sum(length * (length + 1) / 2 for length in prompts)
@@ -76,7 +85,7 @@ def least_time(cost: ModelCost, rates: MachineRates, precision: str, works: Sequ
 
     num_tokens = sum(work.num_new - 1 for work in works)
     contexts = sum(context_sum(len(work.prompt), work.num_new) for work in works)
-    computing = 2 * num_tokens * (cost.layer_weights + cost.head_weights) / rates.product_operations
+    computing = 2 * num_tokens * cost.weights / rates.product_operations
     computing += 4 * cost.attention_width * contexts / rates.attention_operations
     reading = max(work.num_new - 1 for work in works) * weight_seconds
     reading += KV_ELEMENT_BYTES * cost.kv_width * contexts / rates.bytes_read

@@ -2,7 +2,7 @@
 
     LLAMA_BIN=... python -m loadtest.peers.llamacpp --model DIR --precision bf16|int8|fp32 --workload W1|W2|W3|W5
 
-The model's directory must hold gguf/bf16.gguf (loadtest.peers.convert_gguf); 8 bits are llama.cpp's Q8_0, made on demand.
+The model's directory must hold gguf/bf16.gguf (loadtest.peers.convert_gguf); 8 bits are Q8_0, quantised on demand.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -41,10 +42,8 @@ def best_settings(workload: str, batch: int) -> Settings:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one job. Returns the exit code."""
     job = parse(NAME, best_settings, arguments)
-    if job.settings["tool"] == "bench":
-        runs = run_bench(job)
-    else:
-        runs = run_server(job)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # takes the server with it
+    runs = run_bench(job) if job.settings["tool"] == "bench" else run_server(job)
     report(NAME, version(), job, runs)
     return 0
 
@@ -85,7 +84,7 @@ def run_bench(job: Job) -> list[Figures]:
 
 
 def bench_figures(tests: Sequence[dict[str, Any]], work: Work) -> list[Figures]:
-    """Figures of llama-bench's two tests. It times all steps of decoding, one more than there are gaps between tokens."""
+    """Figures of llama-bench's two tests. It times one step of decoding more than there are gaps between tokens."""
     [prefill] = (test["samples_ns"] for test in tests if test["n_prompt"])
     [decode] = (test["samples_ns"] for test in tests if test["n_gen"])
     share = (work.num_new - 1) / work.num_new

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -61,7 +62,7 @@ class Job:
 
 
 def parse(peer: str, defaults: Callable[[str, int], Settings], arguments: Sequence[str] | None = None) -> Job:
-    """Reads a runner's command line. `defaults` gives the settings of a workload and batch. Exits with 2 for mistakes."""
+    """Reads a command line. `defaults` gives the settings of a workload and batch. Exits with 2 for mistakes."""
     parser = argparse.ArgumentParser(prog=f"python -m loadtest.peers.{peer}")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the model")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the weights (default: %(default)s)")
@@ -103,7 +104,7 @@ def stall_figures(streams: Sequence[StreamTimes], long: StreamTimes) -> Figures:
     before: list[float] = []
     for stream in streams:
         times = [when for when, _ in stream.arrivals]
-        for left, right in zip(times, times[1:], strict=False):
+        for left, right in pairwise(times):
             if right <= begin:
                 before.append(right - left)
             elif left < end:
@@ -133,8 +134,3 @@ def document(peer: str, version: str, job: Job, runs: Sequence[Figures]) -> dict
 def report(peer: str, version: str, job: Job, runs: Sequence[Figures]) -> None:
     """Prints the document as the last line."""
     print(json.dumps(document(peer, version, job, runs)), flush=True)
-
-
-def flag(settings: Mapping[str, str], key: str) -> bool:
-    """A setting that is "1" or "0"."""
-    return settings[key] == "1"
