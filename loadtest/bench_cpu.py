@@ -122,11 +122,13 @@ def cells_of(models: Sequence[str], work: Sequence[str], precisions: Sequence[st
 
 
 def measure(plan: Plan) -> None:
-    """All rounds; everything found is in the plan's file."""
+    """All rounds, numbered on from those that the plan's file has; everything found is in the file."""
     plan.out.parent.mkdir(parents=True, exist_ok=True)
     print(f"writing {plan.out}", flush=True)
+    earlier = read(plan.out) if plan.out.exists() else []
+    first = 1 + max((record["run"]["round"] for record in earlier if "run" in record), default=0)
     append(plan.out, {"session": session(plan)})
-    for number in range(1, plan.rounds + 1):
+    for number in range(first, first + plan.rounds):
         for cell in plan.cells:
             for name in plan.engines:
                 if cell.workload in ENGINES[name].workloads:

@@ -106,6 +106,13 @@ def test_engines_alternate(tmp_path: Path, quiet: list[float], commands: list[st
     assert "M W2 at 8 bf16" in table
 
 
+def test_a_second_session_adds_rounds(tmp_path: Path, quiet: list[float], commands: list[str]) -> None:
+    plan = plan_of(tmp_path, engines=("quire",))
+    bench_cpu.measure(plan)
+    bench_cpu.measure(plan)
+    assert [record["run"]["round"] for record in read(plan.out) if "run" in record] == [1, 2, 3, 4]
+
+
 def test_a_noisy_run_is_repeated_but_not_for_ever(tmp_path: Path, quiet: list[float], commands: list[str]) -> None:
     plan = plan_of(tmp_path, engines=("quire",))
     quiet.extend([0.5, 0.05, 0.5, 0.4, 0.3])
