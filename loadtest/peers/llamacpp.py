@@ -36,7 +36,15 @@ def best_settings(workload: str, batch: int) -> Settings:
     """What was fastest: llama-bench or the server, its slots (0: one for each request), micro-batch, and cache."""
     tool = "bench" if workload == "W1" else "server"
     slots = 16 if workload == "W3" else 0
-    return {"tool": tool, "slots": str(slots), "ubatch": "512", "flash": "on", "kv": "f16", "unified": "0"}
+    return {
+        "tool": tool,
+        "slots": str(slots),
+        "batch": "2048",
+        "ubatch": "512",
+        "flash": "on",
+        "kv": "f16",
+        "unified": "0",
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +122,7 @@ def server_command(job: Job, port: int) -> list[str]:
         *(binary("llama-server"), "--host", "127.0.0.1", "--port", str(port), "-m", weights(job)),
         *("-t", threads, "-tb", threads, "--threads-http", str(num_requests + 8)),
         *("--parallel", str(slots), "-c", str(slots * (job.context() + 16)), "-cb"),
-        *("-b", "2048", "-ub", settings["ubatch"], "-fa", settings["flash"]),
+        *("-b", settings["batch"], "-ub", settings["ubatch"], "-fa", settings["flash"]),
         *("-ctk", settings["kv"], "-ctv", settings["kv"], "--cache-ram", "0"),
         "--kv-unified" if settings["unified"] == "1" else "--no-kv-unified",
     ]
