@@ -1,7 +1,10 @@
 // What this machine can do at most: how fast memory is read, and how many operations the dot-product instructions do.
-// One measurement a call, so that threads and sizes are the caller's: limits read MIB THREADS | limits bf16|fp32|int8 THREADS
-// prints one number, bytes or operations per second (a multiply and an add are two), the best of several tries; or nothing
-// where the machine lacks the instruction.
+//
+//     limits read MIB THREADS
+//     limits bf16|fp32|int8 THREADS
+//
+// Prints one number: bytes or operations per second (a multiply and an add are two), the best of several tries; or
+// nothing where the machine lacks the instruction.
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -11,8 +14,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
-enum { TRIES = 7, ACCUMULATORS = 12, ROUNDS = 4000000 };
+enum { TRIES = 7, SUMS = 12, ROUNDS = 4000000 };
 
 static volatile double sink;  // what is computed must look needed
 
@@ -33,8 +37,11 @@ static double read_once(const uint64_t *data, size_t count, int threads) {
 static double read_rate(size_t mib, int threads) {
     size_t bytes = mib << 20, count = bytes / sizeof(uint64_t);
     int repeats = 1 + (int)((512u << 20) / bytes);
-    uint64_t *data = aligned_alloc(4096, bytes);
+    uint64_t *data = aligned_alloc(1u << 21, (bytes + (1u << 21) - 1) >> 21 << 21);
     if (!data) return 0;
+#ifdef MADV_HUGEPAGE
+    madvise(data, bytes, MADV_HUGEPAGE);  // as weights are kept: with small pages, address translation is measured too
+#endif
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (size_t i = 0; i < count; i++) data[i] = i;
     double best = 0;
@@ -54,8 +61,8 @@ static inline double first(const void *vector) {
     return value;
 }
 
-// A loop of twelve independent sums: enough to hide the latency, and named one by one, since an array would live in memory.
-// The empty assembly keeps the compiler from adding the same product up ahead of time.
+// A loop of twelve independent sums: enough to hide the latency. They are named one by one, since an array would live in
+// memory. The empty assembly keeps the compiler from adding the same product up ahead of time.
 #define EACH(DO) DO(a) DO(b) DO(c) DO(d) DO(e) DO(f) DO(g) DO(h) DO(i) DO(j) DO(k) DO(l)
 #define ZERO(sum) Vector sum = {0};
 #define ADD(sum) sum = STEP(sum, x); __asm__ volatile("" : "+v"(sum));
@@ -105,7 +112,7 @@ static double rate_of(double (*loop)(int64_t), int operations, int threads) {
 #pragma omp parallel num_threads(threads) reduction(+ : total)
         total += loop(ROUNDS);
         sink = total;
-        double rate = (double)operations * ACCUMULATORS * ROUNDS * threads / (omp_get_wtime() - begun_at);
+        double rate = (double)operations * SUMS * ROUNDS * threads / (omp_get_wtime() - begun_at);
         if (rate > best) best = rate;
     }
     return best;
@@ -125,10 +132,10 @@ static double measure(const char *what, int threads) {
 }
 
 int main(int count, char **arguments) {
-    double rate = 0;
-    if (count == 4 && !strcmp(arguments[1], "read")) rate = read_rate(strtoul(arguments[2], NULL, 10), atoi(arguments[3]));
-    else if (count == 3) rate = measure(arguments[1], atoi(arguments[2]));
-    else return 2;
+    if (count < 3) return 2;
+    int threads = atoi(arguments[count - 1]);
+    int is_read = count == 4 && !strcmp(arguments[1], "read");
+    double rate = is_read ? read_rate(strtoul(arguments[2], NULL, 10), threads) : measure(arguments[1], threads);
     if (rate > 0) printf("%.0f\n", rate);
     return 0;
 }
