@@ -23,7 +23,6 @@ from loadtest.bench_cpu import (
     summary,
 )
 from loadtest.cpu_table import Cell
-from loadtest.limits import as_text
 
 CELL = Cell("M", "W2", 8, "bf16")
 LIMITS = {
@@ -191,7 +190,3 @@ def test_a_runner_that_takes_too_long_is_ended_with_its_children(monkeypatch: py
 def test_a_last_line_that_is_no_document_is_a_failure(output: str) -> None:
     with pytest.raises(RunFailed, match="no document"):
         last_document(output)
-
-
-def test_limits_read_as_text() -> None:
-    assert as_text({"bf16_flops": 4.5e11, "int8_ops": None}) == "bf16_flops 450.0 G, int8_ops none"
