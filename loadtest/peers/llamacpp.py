@@ -35,13 +35,13 @@ START_SECONDS = 120.0
 def best_settings(workload: str, batch: int) -> Settings:
     """What was fastest: llama-bench or the server, its slots (0: one for each request), steps, and cache.
 
-    A step of all prompts at once is best for a batch; of W5, small ones, which the streams wait for. With more slots
-    than 16, W3 becomes slower.
+    All prompts of W2 in one step are best; in W5 the streams wait for each step, so that they have to be small. More
+    slots than 16 make W3 slower.
     """
     tool = "bench" if workload == "W1" else "server"
     slots = 16 if workload == "W3" else 0
-    step = 256 if workload == "W5" else 2048
-    steps = {"batch": str(step), "ubatch": str(step)}
+    step, part = {"W2": (2048, 2048), "W5": (256, 256)}.get(workload, (2048, 512))
+    steps = {"batch": str(step), "ubatch": str(part)}
     return {"tool": tool, "slots": str(slots), "flash": "on", "kv": "f16", "unified": "0"} | steps
 
 
