@@ -55,9 +55,8 @@ convert() {
     done
 }
 
-mkdir -p "$work"
 case "${1:-}" in
-    llamacpp | openvino) "$1" ;;
+    llamacpp | openvino) mkdir -p "$work" && "$1" ;;
     convert) shift && convert "$@" ;;
     *) sed -n '2,6s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac
