@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest.machine import ROOT
+from loadtest.ports import free_ports
 from service.client.blocking import BlockingClient
 from service.client.errors import QuireClientError
 from service.client.types import HealthStatus
@@ -78,15 +78,6 @@ def running_server(log: Path, arguments: Sequence[str] = ()) -> Iterator[Running
             if process.poll() is None:
                 process.kill()
                 process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment, all different."""
-    holders = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [holder.getsockname()[1] for holder in holders]
-    for holder in holders:
-        holder.close()
-    return ports
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:

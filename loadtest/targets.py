@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,34 +42,46 @@ class Target(Protocol):
 
 
 class EngineTarget:
-    """The engine over the built-in model, called directly, built as the engine process builds it."""
+    """The engine, called directly, built as the engine process builds it; over the built-in model by default."""
 
     name = "engine"
 
-    def __init__(self) -> None:
-        settings = Settings()
+    def __init__(self, settings: Settings | None = None) -> None:
+        settings = settings or Settings()
         runner, self.facts = load_model(settings)
         self._engine = Engine(runner, engine_options(settings))
         self._num_submitted = 0
 
     async def run(self, works: Sequence[Work], *, use_cache: bool) -> list[Answer]:
         """See Target."""
-        answers: dict[int, Answer] = {}
-        for work in works:
-            self._num_submitted += 1
-            sent_at = time.monotonic()
-            answers[self._num_submitted] = Answer(StreamTimes(sent_at, len(work.prompt)), [])
-            self._engine.submit(as_submit(self._num_submitted, work, sent_at, use_cache))
+        answers = dict(self.submit(work, use_cache=use_cache) for work in works)
         while self._engine.has_work:
-            report = self._engine.step()
-            now = time.monotonic()
-            assert report is not None, "an engine that has work reports"
-            for sequence_id, token_id in zip(report.ids, report.token_ids, strict=True):
-                if token_id != NO_TOKEN:
-                    answers[sequence_id].token_ids.append(token_id)
-                    answers[sequence_id].times.arrived(now, 1)
-                    answers[sequence_id].times.ended_at = now
+            self.step(answers)
         return list(answers.values())
+
+    def submit(self, work: Work, *, use_cache: bool) -> tuple[int, Answer]:
+        """Hands one request to the engine. Returns its sequence's id, and the answer that `step` is to fill."""
+        self._num_submitted += 1
+        sent_at = time.monotonic()
+        self._engine.submit(as_submit(self._num_submitted, work, sent_at, use_cache))
+        return self._num_submitted, Answer(StreamTimes(sent_at, len(work.prompt)), [])
+
+    def step(self, answers: Mapping[int, Answer]) -> None:
+        """One step; its tokens go to the answers of their sequences. There must be work."""
+        report = self._engine.step()
+        now = time.monotonic()
+        assert report is not None, "an engine that has work reports"
+        for sequence_id, token_id in zip(report.ids, report.token_ids, strict=True):
+            if token_id != NO_TOKEN:
+                answers[sequence_id].token_ids.append(token_id)
+                answers[sequence_id].times.arrived(now, 1)
+                answers[sequence_id].times.ended_at = now
+
+    def cancel(self, answers: Mapping[int, Answer]) -> None:
+        """Ends the sequences of these answers, and runs until nothing is left."""
+        self._engine.cancel(answers)
+        while self._engine.has_work:
+            self.step(answers)
 
 
 def as_submit(sequence_id: int, work: Work, now: float, use_cache: bool) -> Submit:

@@ -1,16 +1,15 @@
 """Times of streams and the figures made of them. One definition each, for benches, load tests and reports alike.
 
 TTFT is from sending the request to its first token. ITL is every gap between two tokens of a stream: tokens that arrive
-in one message have gaps of zero between them. E2E is from sending to the last message.
+in one message have gaps of zero between them. E2E is from sending to the last message. Standard library only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import ceil, floor
 from statistics import median
-
-import numpy as np
 
 
 @dataclass(slots=True)
@@ -61,7 +60,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
     """Interpolated between neighbours. Raises ValueError for no values."""
     if not values:
         raise ValueError("no values, no percentile")
-    return float(np.percentile(values, percent))
+    ordered = sorted(values)
+    position = percent / 100 * (len(ordered) - 1)
+    low, high = ordered[floor(position)], ordered[ceil(position)]
+    return low + (high - low) * (position - floor(position))
 
 
 def percentiles_ms(seconds: Sequence[float]) -> dict[str, float] | None:

@@ -1,5 +1,7 @@
 """What the load consists of: prompts as token ids, and lengths drawn from measured distributions. Seeded, no I/O.
 
+Standard library only: runners of other engines, in environments of their own, import it too.
+
 Token ids instead of text keep the lengths exact and the work equal for every engine. It does not know how requests are
 sent.
 """
@@ -7,9 +9,8 @@ sent.
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from dataclasses import dataclass
-
-import numpy as np
 
 FIRST_PLAIN_TOKEN = 16
 """Ids below may be special tokens in small vocabularies; random prompts leave them out."""
@@ -24,7 +25,10 @@ class Quantiles:
 
     def at(self, probability: float) -> float:
         """The length at a probability; beyond the table's ends, the end's."""
-        return float(np.interp(probability, self.probabilities, self.lengths))
+        after = min(max(bisect_right(self.probabilities, probability), 1), len(self.probabilities) - 1)
+        (left, right), (low, high) = (values[after - 1 : after + 1] for values in (self.probabilities, self.lengths))
+        share = (probability - left) / (right - left)
+        return low + (high - low) * min(max(share, 0.0), 1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,128 @@
+"""Quire itself on the peers' workloads, prefix cache off: the bare engine, or a server through gRPC.
+
+python -m loadtest.peers.quire --model DIR --precision bf16|int8|fp32 --workload W1|W2|W3|W5 [--set way=grpc]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from math import ceil
+from typing import Any
+
+from loadtest.machine import OUT, commit
+from loadtest.peers.runner import Figures, Job, output_figures, parse, report, single_figures, stall_figures
+from loadtest.peers.runner import Settings as RunnerSettings
+from loadtest.peers.works import SETTLED_TOKENS, STREAM_TOKENS
+from loadtest.server import running_server
+from loadtest.targets import Answer, EngineTarget, GrpcTarget
+from loadtest.timing import busy_seconds
+from service.config import Settings
+
+NAME = "quire"
+PRECISIONS: dict[str, dict[str, str]] = {
+    "bf16": {"dtype": "bfloat16"},
+    "fp32": {"dtype": "float32"},
+    "int8": {"dtype": "bfloat16", "quantize": "int8"},
+}
+DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
+
+
+def best_settings(workload: str, batch: int) -> RunnerSettings:
+    """The way, and the server's own defaults of what bears on speed."""
+    tunable = ("max_batch_tokens", "target_itl_ms", "block_size")
+    return {"way": "engine"} | {name: str(DEFAULTS[name]) for name in tunable}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one job. Returns the exit code."""
+    job = parse(NAME, best_settings, arguments)
+    if job.settings["way"] == "engine":
+        runs = run_engine(job)
+    elif job.settings["way"] == "grpc" and job.workload != "W5":
+        runs = asyncio.run(run_grpc(job))
+    else:
+        raise SystemExit("way is engine, or grpc for W1, W2 and W3")
+    report(NAME, commit(), job, runs)
+    return 0
+
+
+def options_of(job: Job) -> dict[str, Any]:
+    """The server's settings for a job: its precision, and a key/value pool in which all requests have room."""
+    block_size = int(job.settings["block_size"])
+    works = [*job.works(), *([job.long_prompt()] if job.workload == "W5" else [])]
+    tuned = {name: value for name, value in job.settings.items() if name != "way"}
+    return {
+        "model": str(job.model),
+        "threads": job.threads,
+        "max_num_seqs": max(len(works), int(DEFAULTS["max_num_seqs"])),
+        "num_blocks": sum(ceil((len(work.prompt) + work.num_new) / block_size) + 1 for work in works),
+        "prefix_cache": False,
+        **PRECISIONS[job.precision],
+        **tuned,
+    }
+
+
+def as_flags(options: dict[str, Any]) -> list[str]:
+    """The same settings on the server's command line."""
+    flags: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags
+
+
+def run_engine(job: Job) -> list[Figures]:
+    """The engine in this process."""
+    target = EngineTarget(Settings.model_validate(options_of(job)))
+    asyncio.run(target.run(job.warm_up(), use_cache=False))
+    runs = []
+    for _ in range(job.repeat):
+        if job.workload == "W5":
+            runs.append(measure_stall(target, job))
+        else:
+            runs.append(figures(asyncio.run(target.run(job.works(), use_cache=False))))
+    return runs
+
+
+async def run_grpc(job: Job) -> list[Figures]:
+    """A server in its own processes, and a client in this one."""
+    with running_server(OUT / "peers-server.log", as_flags(options_of(job))) as server:
+        target = GrpcTarget(server.address)
+        try:
+            await target.run(job.warm_up(), use_cache=False)
+            return [figures(await target.run(job.works(), use_cache=False)) for _ in range(job.repeat)]
+        finally:
+            await target.close()
+
+
+def figures(answers: Sequence[Answer]) -> Figures:
+    """Of requests that began together; more of a single one."""
+    streams = [answer.times for answer in answers]
+    seconds, num_tokens = busy_seconds(streams), sum(stream.num_tokens for stream in streams)
+    if len(streams) > 1:
+        return output_figures(num_tokens, seconds)
+    ttft_seconds = streams[0].ttft_seconds
+    return single_figures(streams[0].num_prompt, num_tokens, ttft_seconds, seconds - ttft_seconds)
+
+
+def measure_stall(target: EngineTarget, job: Job) -> Figures:
+    """W5, in the engine's loop."""
+    streams = dict(target.submit(work, use_cache=False) for work in job.works())
+    while any(answer.times.num_tokens < SETTLED_TOKENS for answer in streams.values()):
+        target.step(streams)
+    long_id, long = target.submit(job.long_prompt(), use_cache=False)
+    everything = {**streams, long_id: long}
+    while not long.times.arrivals:
+        target.step(everything)
+    assert all(answer.times.num_tokens < STREAM_TOKENS for answer in streams.values()), "a stream ended too early"
+    target.cancel(streams)
+    return stall_figures([answer.times for answer in streams.values()], long.times)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
