@@ -26,11 +26,7 @@ FROM build AS build-gpu
 RUN uv pip install --no-cache --torch-backend cu130 torch==2.13.0
 
 FROM ${BASE} AS runtime
-# The compiled kernels run their threads with OpenMP.
-RUN apt-get update \
- && apt-get install --yes --no-install-recommends libgomp1 \
- && rm -rf /var/lib/apt/lists/* \
- && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin quire
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin quire
 # The root may be read-only: everything that is written (the private socket directory, caches) goes to /tmp.
 ENV PATH=/opt/quire/bin:$PATH \
     HOME=/tmp \

@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": describe(),
         "model": {
             "dtype": engine.facts.dtype,
-            "attention": engine.facts.attention_backend,
-            "linear": engine.facts.linear_backend,
+            "backend": engine.facts.backend,
+            "cpu_level": engine.facts.cpu_level,
             "threads": engine.facts.num_threads,
         },
         "prompt_tokens": plan.num_prompt,

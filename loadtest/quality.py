@@ -31,7 +31,7 @@ from loadtest import held_out
 from loadtest.held_out import Window
 from loadtest.machine import describe
 from model.config import load_config
-from model.interface import Admission, Batch, Dtype, Row, Runner, RunnerOptions, Sampled, Sampling
+from model.interface import Admission, Batch, Dtype, Quantization, Row, Runner, RunnerOptions, Sampled, Sampling
 from service.config import Settings, let_waiting_threads_sleep
 
 WINDOW_TOKENS = 512
@@ -148,12 +148,9 @@ def measure_all(plan: Plan) -> dict[str, object]:
 def options_of(model: Path, way: str) -> RunnerOptions:
     """What a way means to a runner. Raises ValueError for a dtype or quantization that it does not know."""
     dtype, _, quantization = way.partition("+")
-    options = RunnerOptions(str(model), dtype=Dtype(dtype), max_num_seqs=NUM_SLOTS)
-    if not quantization:
-        return options
-    if not hasattr(options, "quantize"):
-        raise ValueError(f"{way}: this runner does not quantize")
-    return replace(options, quantize=type(options.quantize)(quantization))
+    return RunnerOptions(
+        str(model), Dtype(dtype), Quantization(quantization or Quantization.NONE), max_num_seqs=NUM_SLOTS
+    )
 
 
 def measure_way(options: RunnerOptions, windows: Sequence[Window]) -> tuple[Measured, dict[str, object]]:
@@ -169,8 +166,8 @@ def measure_way(options: RunnerOptions, windows: Sequence[Window]) -> tuple[Meas
         "perplexity": round(perplexity(scores), 4),
         "digest": facts.digest,
         "weight_bytes": facts.weight_bytes,
-        "attention": facts.attention_backend,
-        "linear": facts.linear_backend,
+        "backend": facts.backend,
+        "cpu_level": facts.cpu_level,
         "threads": facts.num_threads,
     }
 

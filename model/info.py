@@ -13,7 +13,10 @@ from pathlib import Path
 from model.checkpoint import check_against, open_checkpoint
 from model.config import FAMILIES, ModelConfig, dtype_bytes, load_config
 from model.families.base import MatrixKind, TensorMap
-from model.interface import Dtype
+from model.interface import Dtype, Quantization
+from model.native.levels import usable_levels
+
+_NOT_PRODUCTS = (MatrixKind.EMBEDDING, MatrixKind.NORM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +33,25 @@ class ModelInfo:
         """All parameters."""
         return sum(self.parameters.values())
 
-    def weight_bytes(self, dtype: Dtype) -> int:
-        """Bytes of the parameters when loaded in a dtype."""
-        return self.num_parameters * dtype_bytes(dtype)
+    def weight_bytes(self, dtype: Dtype, quantization: Quantization = Quantization.NONE) -> dict[MatrixKind, int]:
+        """Bytes by kind when loaded, but for what fills up tiles, and for the scales of 8-bit codes.
+
+        Only products are quantized. A tied unembedding is packed for its product and so takes memory of its own.
+        """
+        whole, coded = dtype_bytes(dtype), 1 if quantization is Quantization.INT8 else dtype_bytes(dtype)
+        unembedding = self.config.vocab_size * self.config.hidden_size
+        counts = {**self.parameters, MatrixKind.UNEMBEDDING: unembedding}
+        return {kind: count * (whole if kind in _NOT_PRODUCTS else coded) for kind, count in counts.items()}
 
     def sequences_that_fit(self, budget_bytes: int, num_tokens: int, block_size: int, dtype: Dtype) -> int:
         """How many sequences of `num_tokens` tokens a key/value budget holds, in whole blocks, sharing nothing."""
         num_blocks = budget_bytes // (block_size * self.config.kv_bytes_per_token(dtype))
         return num_blocks // -(-num_tokens // block_size)
+
+
+def cpu_levels() -> list[str]:
+    """The instruction set levels of the kernels that were built and run here, fastest first; none: torch computes."""
+    return [level.name for level in usable_levels()]
 
 
 def load_info(model_dir: Path) -> ModelInfo:

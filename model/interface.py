@@ -173,6 +173,8 @@ class RunnerOptions:
     """Shortens the model's own context."""
     num_threads: int | None = None
     """None for what the process may use."""
+    pins_threads: bool | None = None
+    """Tie threads to CPUs; None does where each can have one of its own."""
 
 
 @dataclass(frozen=True, slots=True)

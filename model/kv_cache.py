@@ -14,7 +14,6 @@ from model.config import ModelConfig
 from model.huge_pages import HugePages
 from model.interface import Dtype
 
-
 GROUP = 16
 """Positions whose keys lie together in the layout DOTS."""
 WORD_BYTES = 4
@@ -40,7 +39,8 @@ class KVCache:
         self.layout = layout
         self.block_size = block_size
         self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim
-        k_shape = v_shape = (block_size, self.head_dim)
+        k_shape: tuple[int, ...] = (block_size, self.head_dim)
+        v_shape = k_shape
         self._per_word = WORD_BYTES // dtype.itemsize
         if layout is Layout.DOTS:
             k_shape = (block_size // GROUP, self.head_dim // self._per_word, GROUP, self._per_word)
@@ -59,7 +59,7 @@ class KVCache:
             self.k[layer][blocks_T, :, offsets_T] = k_TKD
             self.v[layer][blocks_T, :, offsets_T] = v_TKD
             return
-        words_TKWN = k_TKD.unflatten(-1, (-1, self._per_word))
+        words_TKWN = k_TKD.reshape(*k_TKD.shape[:2], -1, self._per_word)
         self.k[layer][blocks_T, :, offsets_T // GROUP, :, offsets_T % GROUP] = words_TKWN
         # The second of a pair is read, with weight zero, before it is written: it must not be a former owner's NaN.
         self.v[layer][blocks_T, :, offsets_T // self._per_word, :, self._per_word - 1] = 0

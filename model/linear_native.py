@@ -146,7 +146,7 @@ def _padding(rows: Tensor, multiple: int) -> tuple[int, ...]:
 
 
 def pack_words(rows_OI: Tensor, tile: int, memory: HugePages) -> Tensor:
-    """Whole tiles of rows as int32 words [tiles, words of a row, tile]; rows are filled up with zeros to whole words."""
+    """Whole tiles of rows as int32 words [tiles, words of a row, tile]; rows are filled up to whole words."""
     per_word = WORD_BYTES // rows_OI.itemsize
     padded_OI = torch.nn.functional.pad(rows_OI, (0, -rows_OI.shape[1] % per_word))
     words_TOW = padded_OI.contiguous().view(torch.int32).view(len(rows_OI) // tile, tile, -1)

@@ -1,8 +1,8 @@
 """8-bit weights and activations: what the codes are. The specification, in torch; the kernels have it in C.
 
 A weight has one scale for each output, an activation one for each row, found anew at every call; both are symmetric, so
-that zero stays zero. The products of codes are added up as integers, exactly (Dettmers et al., LLM.int8(), 2022, section
-2; Xiao et al., SmoothQuant, 2023, "per-token, per-channel"). Shape letters: M rows, I inputs, O outputs.
+that zero stays zero. The products of codes are added up as integers, exactly (Dettmers et al., LLM.int8(), 2022,
+section 2; Xiao et al., SmoothQuant, 2023, section 2). Shape letters: M rows, I inputs, O outputs.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from model.interface import (
 from model.kv_cache import affordable_blocks
 from model.native.library import Kernels
 from model.sampling import Sampler
-from model.threads import available_cpus
+from model.threads import plan_threads
 from model.weights import Progress, load_weights
 
 _logger = logging.getLogger(__name__)
@@ -79,13 +79,15 @@ class TorchRunner:
 
 def load_runner(options: RunnerOptions, progress: Progress | None = None) -> tuple[TorchRunner, ModelFacts]:
     """Loads, tests and warms up. Raises ValueError, in one line, for a directory or options that cannot be used."""
-    num_threads = options.num_threads or available_cpus()
-    torch.set_num_threads(num_threads)
+    threads = plan_threads(options.num_threads, options.pins_threads)
+    torch.set_num_threads(threads.num_threads)
     config = load_config(Path(options.model_dir))
     shape = _plan_shape(config, options)
     tensor_map: TensorMap = import_module(FAMILIES[config.architecture]).tensor_map(config)
     dtype = getattr(torch, options.dtype.value)
     kernels = choose_kernels(options.backend, options.cpu_level, config, dtype, options.block_size)
+    if kernels is not None and threads.cpus:
+        kernels.keep_to_cpus(threads.cpus)
     weights = load_weights(Path(options.model_dir), tensor_map, dtype, progress)
     num_parameters = sum(parameter.numel() for parameter in weights.parameters.values())
     with torch.inference_mode():

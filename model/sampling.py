@@ -98,7 +98,7 @@ class Sampler:
         """
         states = [self._state(slot) for slot in slots]
         logits_RV, token_ids_R = logits.values_WV, logits.peak_ids_W
-        is_finite_R = logits.peaks_W.isfinite()  # the maximum is NaN or infinite where any logit is NaN or +inf, or all -inf
+        is_finite_R = logits.peaks_W.isfinite()  # a peak is NaN or infinite where any logit is NaN or +inf, or all -inf
         changed = [i for i, state in enumerate(states) if state.changes_logits(positions[i])]
         drawn = [i for i, state in enumerate(states) if state.sampling.temperature > 0]
         scores_RV = logits_RV

@@ -1,19 +1,52 @@
-"""How many CPUs this process may use. Standard library only."""
+"""How many CPUs this process may use, and which of them compute. Standard library only."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 SELF_CGROUP = Path("/proc/self/cgroup")
 
 
+ENOUGH_CPUS = 4
+"""From so many on one is left to the front end; fewer are shared, and whoever waits sleeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadPlan:
+    """How many threads compute, the engine's own included, and where the others stay; empty: wherever there is room."""
+
+    num_threads: int
+    cpus: tuple[int, ...] = ()
+    """By thread; the first is the engine's own, which is left to the system: others inherit where it may run."""
+
+
+def plan_threads(num_threads: int | None, pins: bool | None) -> ThreadPlan:
+    """What was asked for; None leaves it to this machine.
+
+    By itself a thread is tied to a CPU only where each can have one of its own and one is left: with fewer, or where a
+    quota counts time and not CPUs, the system does better by moving threads away from whatever else runs.
+    """
+    cpus, quota = _allowed_cpus(), _quota(CGROUP_ROOT, SELF_CGROUP)
+    available = available_cpus()
+    wanted = num_threads or (available if available < ENOUGH_CPUS else available - 1)
+    if pins is None:
+        pins = quota is None and len(cpus) >= ENOUGH_CPUS and wanted < len(cpus)
+    return ThreadPlan(wanted, tuple(cpus[i % len(cpus)] for i in range(wanted)) if pins else ())
+
+
 def available_cpus(cgroup_root: Path = CGROUP_ROOT, self_cgroup: Path = SELF_CGROUP) -> int:
     """The process's CPU affinity, cut to the control group's quota (whole CPUs, at least one)."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota(cgroup_root, self_cgroup)
+    cpus, quota = len(_allowed_cpus()), _quota(cgroup_root, self_cgroup)
     return cpus if quota is None else max(1, min(cpus, int(quota)))
+
+
+def _allowed_cpus() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _quota(cgroup_root: Path, self_cgroup: Path) -> float | None:

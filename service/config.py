@@ -50,9 +50,11 @@ class Settings(BaseModel):
     backend: Literal["auto", "native", "torch"] = "auto"
     """What computes: the compiled kernels, or torch, slowly; auto is the kernels where they were built."""
     cpu_level: Literal["auto", "v4_bf16", "v4_vnni", "v4", "v3", "baseline"] = "auto"
-    """Instruction set of the kernels; auto is the best one of this CPU. Equal levels give equal answers on any machine."""
+    """Instruction set of the kernels; auto is this CPU's best one. Machines at one level give equal logits."""
     threads: int | None = Field(None, ge=1, le=1024)
-    """Compute threads; default: the CPUs this process may use."""
+    """Compute threads; default: the CPUs this process may use, one less where there are four or more."""
+    pin_threads: Literal["auto", "on", "off"] = "auto"
+    """Tie compute threads to CPUs; auto does where there are four or more, and no quota."""
     context_length: int | None = Field(None, ge=2)
     """Shorten the model's context, in tokens."""
     block_size: int = Field(16, ge=16, le=256, multiple_of=16)

@@ -10,11 +10,11 @@ from service.errors import StartupError
 
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "quire.toml"
-    file.write_text("port = 1\nmax_num_seqs = 2\nblock-size = 3\n")
+    file.write_text("port = 1\nmax_num_seqs = 2\nblock-size = 32\n")
     monkeypatch.setenv("QUIRE_PORT", "4")
     monkeypatch.setenv("QUIRE_MAX_NUM_SEQS", "5")
     settings = load_settings({"port": 6}, file)
-    assert (settings.port, settings.max_num_seqs, settings.block_size) == (6, 5, 3)
+    assert (settings.port, settings.max_num_seqs, settings.block_size) == (6, 5, 32)
     assert settings.max_batch_tokens == Settings().max_batch_tokens
 
 
@@ -24,9 +24,10 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monk
         ({"port": 70_000}, "port"),
         ({"port": "many"}, "port"),
         ({"block_size": 0}, "block_size"),
+        ({"block_size": 24}, "block_size"),
         ({"target_itl_ms": float("nan")}, "target_itl_ms"),
         ({"drain_seconds": float("inf")}, "drain_seconds"),
-        ({"attention": "magic"}, "attention"),
+        ({"backend": "magic"}, "backend"),
         ({"no_such": 1}, "no_such"),
         ({"host": "0.0.0.0"}, "insecure"),
         ({"max_num_seqs": 65, "max_batch_tokens": 64}, "max_num_seqs"),

@@ -27,8 +27,8 @@ class Layout(Enum):
     PLAIN = "plain"
     """Position after position: [num_blocks, K, S, D]."""
     DOTS = "dots"
-    """As dot products read them, in words of w numbers (two bfloat16, or one float32): keys [num_blocks, K, S / 16, D / w,
-    16, w], values [num_blocks, K, S / w, D, w]. See model/native/attention.h."""
+    """As dot products read them, in words of w numbers (two bfloat16, or one float32): keys [num_blocks, K, S / 16,
+    D / w, 16, w], values [num_blocks, K, S / w, D, w]. See model/native/attention.h."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,11 @@ def cpu_features(cpuinfo_text: str) -> frozenset[str]:
     return frozenset()
 
 
+def usable_levels() -> list[Level]:
+    """The levels that were built here and that this machine can execute, fastest first."""
+    return [level for level in runnable_levels() if library_path(level).exists()]
+
+
 def library_path(level: Level) -> Path:
     """Where the library of a level lies once it is built."""
     return LIBRARY_DIR / f"quire_{level.name}.so"

@@ -21,7 +21,7 @@ class Kernels:
     level: str
 
     def keep_to_cpus(self, cpus: Sequence[int]) -> None:
-        """Ties thread i of every later call to the CPU cpus[i], the calling thread to the first."""
+        """Ties thread i of every later call to the CPU cpus[i], but for the calling thread, which is the first."""
         self.library.quire_keep_to_cpus((ctypes.c_int * len(cpus))(*cpus), len(cpus))
 
 
@@ -37,9 +37,8 @@ def open_kernels(level_name: str | None = None) -> Kernels:
     if not runnable:
         raise ValueError(f"this machine cannot execute kernels of level {level_name!r}")
     for level in runnable:
-        path = library_path(level)
-        if path.exists():
-            return Kernels(_open(path, level), level.name)
+        if library_path(level).exists():
+            return Kernels(_open(library_path(level), level), level.name)
     raise ValueError("the native kernels are not built: run `python -m model.native.build`")
 
 

@@ -145,7 +145,6 @@ static void forget_threads(void) {
 static int gather(int num_threads) {
     if (team.num_started == 0) {
         pthread_atfork(NULL, NULL, forget_threads);
-        stay_on_cpu(0);
         team.num_started = 1;
     }
     for (; team.num_started < min_int(num_threads, MAX_THREADS); team.num_started++) {
@@ -171,7 +170,8 @@ static void run_together(Part part, void *work, int num_threads) {
     pthread_mutex_unlock(&team.used);
 }
 
-// From now on thread i keeps to the CPU cpus[i], the caller's included. To be called before any work.
+// From now on thread i keeps to the CPU cpus[i], but for the caller's, number 0: threads that it starts for others would
+// inherit its CPU. To be called before any work.
 __attribute__((visibility("default"))) void quire_keep_to_cpus(const int *cpus, int num_cpus) {
 #if defined(__linux__)
     team.num_cpus = min_int(num_cpus, MAX_THREADS);

@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from model.config import dtype_bytes
-from model.info import ModelInfo, load_info
-from model.interface import Dtype
+from model.info import ModelInfo, cpu_levels, load_info
+from model.interface import Dtype, Quantization
 from service.cli.parser import positive_int
 from service.config import BUILT_IN_MODEL, Settings
 from service.errors import StartupError
@@ -31,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block-size", type=positive_int, metavar="N", default=defaults["block_size"], help="[%(default)s]"
     )
     info.add_argument("--context-length", type=positive_int, metavar="N", help="tokens per sequence [the model's own]")
+    info.add_argument("--quantize", choices=list(Quantization), type=Quantization, default=Quantization.NONE)
     info.add_argument("--dtype", choices=list(Dtype), type=Dtype, help="[the checkpoint's own]")
     info.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _facts(info: ModelInfo, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything told, as plain values: the JSON document, and what the tables show."""
-    config, dtype = info.config, arguments.dtype or info.config.dtype
+    config, dtype, quantization = info.config, arguments.dtype or info.config.dtype, arguments.quantize
     context_length = arguments.context_length or config.context_length
-    budget = arguments.kv_cache_mib * MIB
+    budget, weight_bytes = arguments.kv_cache_mib * MIB, info.weight_bytes(dtype, quantization)
     return {
         "architecture": config.architecture,
         "num_layers": config.num_layers,
@@ -68,10 +68,12 @@ def _facts(info: ModelInfo, arguments: argparse.Namespace) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "context_length": context_length,
         "dtype": str(dtype),
+        "quantization": str(quantization),
+        "cpu_levels": cpu_levels(),
         "parameters": {str(kind): count for kind, count in info.parameters.items()},
         "num_parameters": info.num_parameters,
-        "bytes_per_parameter": dtype_bytes(dtype),
-        "weight_bytes": info.weight_bytes(dtype),
+        "bytes": {str(kind): num_bytes for kind, num_bytes in weight_bytes.items()},
+        "weight_bytes": sum(weight_bytes.values()),
         "file_bytes": info.file_bytes,
         "kv_bytes_per_token": config.kv_bytes_per_token(dtype),
         "kv_cache_bytes": budget,
@@ -96,6 +98,8 @@ def _print_tables(facts: dict[str, Any], directory: Path) -> None:
         f"{facts['num_layers']} layers of width {facts['hidden_size']:,}, {facts['num_heads']} heads of "
         f"{facts['head_dim']} ({facts['num_kv_heads']} key/value), MLP {facts['intermediate_size']:,}"
     )
+    levels, is_coded = facts["cpu_levels"], facts["quantization"] != Quantization.NONE
+    precision = f"{facts['quantization']} and {facts['dtype']}" if is_coded else facts["dtype"]
     per_token = f"{_size(facts['kv_bytes_per_token'])} per token, blocks of {facts['block_size']}"
     rows = [
         ("directory", str(directory)),
@@ -103,7 +107,11 @@ def _print_tables(facts: dict[str, Any], directory: Path) -> None:
         ("shape", shape),
         ("vocabulary", f"{facts['vocab_size']:,} tokens"),
         ("context", f"{facts['context_length']:,} tokens"),
-        ("weights", f"{_size(facts['weight_bytes'])} in {facts['dtype']}, {_size(facts['file_bytes'])} on disk"),
+        ("weights", f"{_size(facts['weight_bytes'])} in {precision}, {_size(facts['file_bytes'])} on disk"),
+        (
+            "computed by",
+            f"the kernels for {levels[0]}" if levels else "torch, slowly: the kernels are not built",
+        ),
         ("keys and values", per_token),
     ]
     overview, matrices, fits = Table.grid(padding=(0, 2)), Table(box=None), Table(box=None)
@@ -112,10 +120,9 @@ def _print_tables(facts: dict[str, Any], directory: Path) -> None:
     for heading in ("parameters", "number", "bytes", "share"):
         matrices.add_column(heading, justify="left" if heading == "parameters" else "right")
     total = facts["num_parameters"]
-    for kind, count in [*facts["parameters"].items(), ("all", total)]:
-        if count == 0:  # tied to another
-            continue
-        matrices.add_row(kind, f"{count:,}", _size(count * facts["bytes_per_parameter"]), f"{count / total:.1%}")
+    sizes = {**facts["bytes"], "all": facts["weight_bytes"]}
+    for kind, count in {**facts["parameters"], "all": total}.items():
+        matrices.add_row(kind, f"{count:,}", _size(sizes[kind]), f"{count / total:.1%}")
     fits.add_column("tokens per sequence", justify="right")
     fits.add_column(f"sequences in {_size(facts['kv_cache_bytes'])}", justify="right")
     for tokens, count in facts["sequences_that_fit"].items():

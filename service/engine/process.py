@@ -65,6 +65,7 @@ def runner_options(settings: Settings) -> RunnerOptions:
         max_batch_tokens=settings.max_batch_tokens,
         context_length=settings.context_length,
         num_threads=settings.threads,
+        pins_threads=None if settings.pin_threads == "auto" else settings.pin_threads == "on",
     )
 
 

@@ -22,8 +22,9 @@ FACTS = ModelFacts(
     num_parameters=1,
     weight_bytes=4,
     kv_bytes_per_token=8,
-    attention_backend="none",
-    linear_backend="none",
+    quantization="none",
+    backend="none",
+    cpu_level="",
     num_threads=1,
 )
 STEP_SECONDS = 0.002

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from model.interface import Dtype, Sampling
+from model.interface import Backend, Dtype, Quantization, Sampling
 from service.config import Settings, let_waiting_threads_sleep
 from service.engine.client import EngineClient
 from service.engine.heartbeat import ALIVE, BEAT_SECONDS, READY, Heartbeat
@@ -152,9 +152,11 @@ async def test_a_step_that_raises_ends_the_process(
 
 def test_settings_reach_the_runner_and_the_loop() -> None:
     settings = Settings(
-        attention="reference",
-        linear="plain",
-        block_size=8,
+        quantize="int8",
+        backend="native",
+        cpu_level="v3",
+        pin_threads="on",
+        block_size=32,
         kv_cache_mib=3,
         num_blocks=7,
         max_num_seqs=5,
@@ -166,10 +168,13 @@ def test_settings_reach_the_runner_and_the_loop() -> None:
     )
     options = runner_options(settings)
     assert (options.model_dir, options.dtype) == (str(settings.model), Dtype.BFLOAT16)
-    assert (options.attention, options.linear, options.num_threads) == ("reference", "plain", 2)
-    assert (options.block_size, options.kv_cache_bytes, options.num_blocks) == (8, 3 * 2**20, 7)
+    assert (options.quantization, options.backend, options.cpu_level) == (Quantization.INT8, Backend.NATIVE, "v3")
+    assert (options.num_threads, options.pins_threads) == (2, True)
+    assert (options.block_size, options.kv_cache_bytes, options.num_blocks) == (32, 3 * 2**20, 7)
     assert (options.max_num_seqs, options.max_batch_tokens, options.context_length) == (5, 33, 77)
     assert runner_options(Settings(dtype="float32")).dtype is Dtype.FLOAT32
+    by_itself = runner_options(Settings())
+    assert (by_itself.cpu_level, by_itself.num_threads, by_itself.pins_threads) == (None, None, None)
     loop = engine_options(settings)
     assert (loop.depth, loop.prefix_cache, loop.target_itl_seconds) == (0, False, 0.05)
 

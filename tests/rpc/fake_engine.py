@@ -24,8 +24,9 @@ def hello(context_length: int = 1024, num_blocks: int = 1024, vocab_size: int = 
         "num_parameters": 2_400_000,
         "weight_bytes": 4_800_000,
         "kv_bytes_per_token": 2048,
-        "attention_backend": "native",
-        "linear_backend": "onednn",
+        "quantization": "none",
+        "backend": "native",
+        "cpu_level": "v3",
         "num_threads": 2,
     }
     shape = RunnerShape(
