@@ -87,8 +87,9 @@ class SlotTables:
 
     def append(self, slots: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]) -> None:
         """Stores drawn tokens, each as the last known one of its slot."""
-        self._tokens[slots, positions] = token_ids
-        self._num_known[slots] = np.asarray(positions) + 1
+        for slot, position, token_id in zip(slots, positions, token_ids, strict=True):
+            self._tokens[slot, position] = token_id
+            self._num_known[slot] = position + 1
 
     def _admit(self, slot: int, token_ids: Sequence[int]) -> None:
         self._tokens[slot, : len(token_ids)] = token_ids

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -98,7 +99,8 @@ class Sampler:
         """
         states = [self._state(slot) for slot in slots]
         logits_RV, token_ids_R = logits.values_WV, logits.peak_ids_W
-        is_finite_R = logits.peaks_W.isfinite()  # a peak is NaN or infinite where any logit is NaN or +inf, or all -inf
+        # A peak is NaN or infinite where any logit is NaN or +inf, or all are -inf.
+        is_finite = [isfinite(peak) for peak in logits.peaks_W.tolist()]
         changed = [i for i, state in enumerate(states) if state.changes_logits(positions[i])]
         drawn = [i for i, state in enumerate(states) if state.sampling.temperature > 0]
         scores_RV = logits_RV
@@ -112,7 +114,7 @@ class Sampler:
             slots_F, positions_F = (torch.tensor([column[i] for i in drawn]) for column in (slots, positions))
             rows_F = torch.tensor(drawn)
             token_ids_R[rows_F] = self._draw(take_rows(scores_RV, rows_F), slots_F, positions_F)
-        token_ids, is_finite = token_ids_R.tolist(), is_finite_R.tolist()
+        token_ids = token_ids_R.tolist()
         return Sampled(token_ids, is_finite, log_probabilities(logits_RV, states, token_ids, is_finite))
 
     def _state(self, slot: int) -> SlotState:

@@ -58,7 +58,7 @@ class Settings(BaseModel):
     context_length: int | None = Field(None, ge=2)
     """Shorten the model's context, in tokens."""
     block_size: int = Field(16, ge=16, le=256, multiple_of=16)
-    """Tokens per block of the key/value cache."""
+    """Tokens per block of the key/value cache, a multiple of 16."""
     kv_cache_mib: int = Field(256, ge=1)
     """Size of the key/value pool in MiB."""
     num_blocks: int | None = Field(None, ge=1)

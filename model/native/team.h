@@ -2,8 +2,9 @@
 //
 // One team for each library, asleep while there is no work. Whoever waits looks on for a moment, which is how long a
 // meeting takes when all threads have a core, and then sleeps: a thread that went on spinning would keep the core from
-// the one it waits for, once another process wants one. Which thread computes what is left to chance and must not show
-// in any result. It does not know what is computed.
+// the one it waits for, once another process wants one. The moment is learnt: it shrinks with every wait that ends
+// asleep, and grows again with those that do not. Which thread computes what is left to chance and must not show in any
+// result. It does not know what is computed.
 #pragma once
 
 #include <pthread.h>
@@ -15,8 +16,9 @@
 #include "simd.h"
 
 #define MAX_THREADS 255
-#define MEETING_SPIN 50000  // nanoseconds before a thread sleeps that waits for the others of its team
-#define IDLE_SPIN 5000      // ... that waits for the team's next work
+#define MOST_PATIENCE 50000  // nanoseconds before a thread sleeps that waits for the others of its team
+#define LEAST_PATIENCE 1000
+#define IDLE_PATIENCE 5000  // ... that waits for the team's next work
 
 typedef void (*Part)(void *work, int thread);
 
@@ -58,14 +60,19 @@ INLINE void pause_briefly(void) {
 #endif
 }
 
+// Whether the value is another one than `old` within so many nanoseconds.
+static int changes_within(Signal *s, unsigned old, int64_t patience) {
+    const int64_t until = nanoseconds() + patience;
+    do {
+        for (int i = 0; i < 16; i++, pause_briefly())
+            if (atomic_load(&s->value) != old) return 1;
+    } while (nanoseconds() < until);
+    return 0;
+}
+
 // Returns the value once it is not `old`. A sleeper counts itself first and looks at the value afterwards, a changer
 // changes the value first and looks for sleepers afterwards, so that one of them sees the other.
-static unsigned wait_for_change(Signal *s, unsigned old, int64_t spin) {
-    const int64_t until = nanoseconds() + spin;
-    do {
-        for (int i = 0; i < 32; i++, pause_briefly())
-            if (atomic_load(&s->value) != old) return atomic_load(&s->value);
-    } while (nanoseconds() < until);
+static unsigned sleep_until_changed(Signal *s, unsigned old) {
     atomic_fetch_add(&s->num_sleeping, 1);
     pthread_mutex_lock(&s->mutex);
     while (atomic_load(&s->value) == old) pthread_cond_wait(&s->changed, &s->mutex);
@@ -84,9 +91,15 @@ static void change(Signal *s, unsigned value) {
 
 // Waits until every thread of the team has come here; what is taken next starts anew.
 static void meet(void) {
+    static _Thread_local int64_t patience = MOST_PATIENCE;
     const unsigned meeting = atomic_load(&team.meeting.value);
     if (atomic_fetch_add(&team.num_arrived, 1) + 1 < team.num_threads) {
-        wait_for_change(&team.meeting, meeting, MEETING_SPIN);
+        if (changes_within(&team.meeting, meeting, patience)) {
+            patience += (MOST_PATIENCE - patience) / 8;
+            return;
+        }
+        sleep_until_changed(&team.meeting, meeting);
+        if (patience > LEAST_PATIENCE) patience /= 2;
         return;
     }
     atomic_store(&team.num_arrived, 0);
@@ -124,7 +137,8 @@ static void *work_on(void *argument) {
     unsigned job = 0;
     stay_on_cpu(thread);
     for (;;) {
-        job = wait_for_change(&team.job, job, IDLE_SPIN);
+        changes_within(&team.job, job, IDLE_PATIENCE);
+        job = sleep_until_changed(&team.job, job);
         if (thread >= (int)(job & 0xff)) continue;
         team.part(team.work, thread);
         meet();

@@ -121,7 +121,7 @@ def runner() -> Runner:
     return load_runner(options_of(BUILT_IN_MODEL, "bfloat16"))[0]
 
 
-def test_the_runner_would_choose_again_what_it_answered(runner: Runner, native_attention: str) -> None:
+def test_the_runner_would_choose_again_what_it_answered(runner: Runner, native_kernels: str) -> None:
     """Taught its own answer, it agrees with every token: a position is judged as it is computed in a generation."""
     prompts = [tuple(range(100, 112)), tuple(range(7, 19)), tuple(range(50, 62))]
     answers = answer(runner, prompts)
