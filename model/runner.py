@@ -5,6 +5,7 @@ It owns the parameters, the cache and the tables by slot. It does not know why r
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from dataclasses import dataclass
 from importlib import import_module
@@ -98,6 +99,7 @@ def load_runner(options: RunnerOptions, progress: Progress | None = None) -> tup
         _logger.info("tensors not used: %s", ", ".join(weights.unused))
     runner = TorchRunner(model.forward, shape)
     warm_up(runner)
+    _give_back_memory()
     return runner, _facts(config, options, weights.digest, num_parameters, model, kernels)
 
 
@@ -115,6 +117,13 @@ def warm_up(runner: TorchRunner) -> None:
     for row in steps:
         if row.start + row.num_tokens <= room:
             runner.launch(Batch([row], row.num_tokens)).result()
+
+
+def _give_back_memory() -> None:
+    """What loading took and released stays with the C library otherwise: more than the weights, of a quantized model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # not every C library is GNU's
+        trim(0)
 
 
 def _plan_shape(config: ModelConfig, options: RunnerOptions) -> RunnerShape:
