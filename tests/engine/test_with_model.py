@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from model.interface import RunnerOptions, Sampling
+from model.interface import Quantization, RunnerOptions, Sampling
+from model.native.library import Kernels
 from model.runner import load_runner
 from service.config import BUILT_IN_MODEL
 from service.engine.engine import Engine, EngineOptions
@@ -26,22 +27,35 @@ def generate(runner_options: RunnerOptions, engine_options: EngineOptions) -> Le
     return ledger
 
 
+@pytest.fixture(scope="module", params=list(Quantization))
+def quantization(request: pytest.FixtureRequest, native_kernels: Kernels) -> Quantization:
+    """Only the compiled kernels promise equal tokens."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def undisturbed() -> dict[int, list[int]]:
-    ledger = generate(LARGE, EngineOptions(prefix_cache=False))
+def large(quantization: Quantization) -> RunnerOptions:
+    return replace(LARGE, quantization=quantization)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(large: RunnerOptions) -> dict[int, list[int]]:
+    ledger = generate(large, EngineOptions(prefix_cache=False))
     assert ledger.num_preempted == 0
     return ledger.tokens
 
 
-def test_preemption_and_prefix_hits_change_no_token(undisturbed: dict[int, list[int]]) -> None:
-    ledger = generate(SMALL, EngineOptions())
+def test_preemption_and_prefix_hits_change_no_token(
+    quantization: Quantization, undisturbed: dict[int, list[int]]
+) -> None:
+    ledger = generate(replace(SMALL, quantization=quantization), EngineOptions())
     assert ledger.num_preempted > 0
     assert ledger.tokens == undisturbed
 
 
-def test_small_chunks_change_no_token(undisturbed: dict[int, list[int]]) -> None:
-    assert generate(LARGE, EngineOptions(max_prefill_chunk=7)).tokens == undisturbed
+def test_small_chunks_change_no_token(large: RunnerOptions, undisturbed: dict[int, list[int]]) -> None:
+    assert generate(large, EngineOptions(max_prefill_chunk=7)).tokens == undisturbed
 
 
-def test_running_one_step_ahead_changes_no_token(undisturbed: dict[int, list[int]]) -> None:
-    assert generate(LARGE, EngineOptions(depth=1)).tokens == undisturbed
+def test_running_one_step_ahead_changes_no_token(large: RunnerOptions, undisturbed: dict[int, list[int]]) -> None:
+    assert generate(large, EngineOptions(depth=1)).tokens == undisturbed

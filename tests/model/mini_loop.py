@@ -11,8 +11,10 @@ from torch import Tensor
 
 from model.backend import assemble, choose_kernels, step_by_step
 from model.config import FAMILIES, load_config
+from model.decoder_native import NativeDecoder
 from model.inputs import SlotTables, prepare
 from model.interface import Admission, Backend, Batch, Quantization, Row, RunnerShape, Sampling
+from model.transformer import Logits
 from model.weights import load_weights
 
 BLOCK_SIZE = 16
@@ -47,6 +49,7 @@ class MiniLoop:
         )
         model = assemble(config, parameters, shape, dtype, quantization, kernels)
         self.transformer, self.cache = model.transformer, model.cache
+        self.is_one_call = not by_operators and isinstance(getattr(model.forward, "__self__", None), NativeDecoder)
         self._forward = step_by_step(model.transformer, model.cache) if by_operators else model.forward
         self.tables = SlotTables(num_slots, self.context_length, num_blocks, BLOCK_SIZE)
 
@@ -57,10 +60,13 @@ class MiniLoop:
         return Row(slot, 0, num_tokens, blocks, wants_token, Admission(token_ids, len(token_ids), Sampling()))
 
     @torch.inference_mode()
+    def forward(self, rows: Sequence[Row]) -> Logits:
+        """Computes a step; the next one may overwrite what this returns."""
+        return self._forward(prepare(self.tables, Batch(rows, sum(row.num_tokens for row in rows))))
+
     def step(self, rows: Sequence[Row]) -> Tensor:
         """Logits of the rows that want a token."""
-        inputs = prepare(self.tables, Batch(rows, sum(row.num_tokens for row in rows)))
-        return self._forward(inputs).values_WV.clone()
+        return self.forward(rows).values_WV.clone()
 
     def prefill(self, slot: int, token_ids: Sequence[int], share: int) -> Tensor:
         """Computes a prompt in shares of at most `share` tokens; logits [V] after its last token."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from model.config import load_config
 from model.families.base import MatrixKind
 from model.info import load_info
-from model.interface import Dtype
+from model.interface import Dtype, Quantization
 from tests.model.checkpoints import DEFAULT_MODEL, write_checkpoint
 
 
@@ -29,7 +29,14 @@ def test_default_model() -> None:
     }
     stored = load_file(DEFAULT_MODEL / "model.safetensors")
     assert info.num_parameters == sum(value.numel() for value in stored.values())
-    assert info.weight_bytes(Dtype.BFLOAT16) == 2 * info.num_parameters
+    unembedding = config.vocab_size * width  # tied, but packed for itself
+    norms = info.parameters[MatrixKind.NORM]
+    assert sum(info.weight_bytes(Dtype.BFLOAT16).values()) == 2 * (info.num_parameters + unembedding)
+    assert sum(info.weight_bytes(Dtype.FLOAT32).values()) == 4 * (info.num_parameters + unembedding)
+    coded = info.weight_bytes(Dtype.BFLOAT16, Quantization.INT8)
+    assert sum(coded.values()) == 2 * (unembedding + norms) + (info.num_parameters - norms)
+    assert coded[MatrixKind.MLP] == info.parameters[MatrixKind.MLP]
+    assert coded[MatrixKind.NORM] == 2 * norms
     assert info.file_bytes == (DEFAULT_MODEL / "model.safetensors").stat().st_size
 
 

@@ -7,28 +7,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.linear import LinearPacker, Product, RowRule, RuledLinear, cancelling_rows, find_rule, holds
+from model.interface import Quantization
+from model.linear import GatedLinear, LinearPacker, Product, RowRule, RuledLinear, cancelling_rows, find_rule, holds
+from model.operators import silu_mul
+from model.quantize import encode, multiply
+from tests.model.levels import LEVELS, kernels_of
 
 # (inputs, outputs): the built-in model's, odd vocabularies, head sizes 64, 80 and 128, long sums.
 SHAPES = [
     (2048, 500),
     (192, 320),
-    (192, 1024),
-    (512, 192),
-    (192, 4096),
     (256, 1001),
     (80, 333),
-    (640, 257),
-    (1536, 576),
-    (4096, 128),
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((192, 1024), (512, 192), (192, 4096))),
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((640, 257), (1536, 576), (4096, 128))),
 ]
 DTYPES = [torch.bfloat16, torch.float32]
 BACKENDS = [(name, dtype) for name in ("native", "onednn", "plain") for dtype in DTYPES]
 
 
-def packer(name: str, dtype: torch.dtype) -> LinearPacker:
+def packer(name: str, dtype: torch.dtype, quantization: Quantization = Quantization.NONE) -> LinearPacker:
+    if name == "native" and not LEVELS:
+        pytest.skip("native kernels are not built")
     try:
-        return LinearPacker(name, dtype)
+        return LinearPacker(name, dtype, quantization, kernels_of(LEVELS[0]) if name == "native" else None)
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -159,34 +161,69 @@ def test_a_shape_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packer.num_tiled == 0
 
 
-@pytest.fixture
-def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were no compiled kernel."""
-
-    def refuse(dtype: torch.dtype) -> None:
-        raise ValueError("not built")
-
-    monkeypatch.setattr("model.linear.NativeLinears", refuse)
-
-
-def test_auto_is_the_compiled_one() -> None:
-    packer("native", torch.float32)
-    assert LinearPacker("auto", torch.float32).name == "native"
-    assert LinearPacker("auto", torch.bfloat16).name == "native"
+@pytest.mark.parametrize("quantization", list(Quantization))
+@pytest.mark.parametrize(("name", "dtype"), BACKENDS)
+def test_a_gated_matrix_gives_the_gated_product(name: str, dtype: torch.dtype, quantization: Quantization) -> None:
+    weight, bias = weights(192, 2 * 99, dtype)
+    made = packer(name, dtype, quantization)
+    x = torch.randn(37, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found, expected = made.pack_gated(weight, bias)(x), silu_mul(made.pack(weight, bias)(x))
+    assert found.dtype is dtype and found.shape == (37, 99)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=2**-7 if dtype is torch.bfloat16 else 2e-6)
 
 
-@pytest.mark.usefixtures("unbuilt")
-def test_names() -> None:
-    assert LinearPacker("auto", torch.float32).name == "plain"
-    with pytest.raises(ValueError, match="not built"):
-        LinearPacker("native", torch.float32)
+def test_nothing_is_added_to_a_gated_product() -> None:
+    weight, _ = weights(8, 6, torch.float32)
+    linear = GatedLinear(LinearPacker("plain", torch.float32).pack(weight))
+    with pytest.raises(AssertionError, match="nothing is added"):
+        linear(torch.ones(2, 8), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("name", ["onednn", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_codes_by_torch_are_the_specification(name: str, dtype: torch.dtype, has_bias: bool) -> None:
+    """And they need no rule: every row goes the same way."""
+    weight, bias = weights(192, 333, dtype)
+    made = packer(name, dtype, Quantization.INT8)
+    linear = made.pack(weight, bias if has_bias else None)
+    x = torch.randn(90, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
+    expected = multiply(encode(x), encode(weight), bias if has_bias else None).to(dtype)
+    assert torch.equal(linear(x), expected)
+    residual = torch.randn(90, 333, generator=torch.Generator().manual_seed(3)).to(dtype)
+    assert torch.equal(linear(x, residual), residual + expected)
+    assert holds(linear, x)
+    assert linear.num_bytes == 333 * 192 + 333 * 4
+    assert made.num_tiled == 0
+
+
+@pytest.mark.parametrize("name", ["native", "torch"])
+def test_logits_are_float32_where_the_backend_can(name: str) -> None:
+    weight, _ = weights(192, 333, torch.bfloat16)
+    linear = packer(name, torch.bfloat16).pack_unembedding(weight)
+    x = torch.randn(3, 192, generator=torch.Generator().manual_seed(2)).bfloat16()
+    assert linear(x).dtype is (torch.float32 if name == "native" else torch.bfloat16)
+    expected = x.double() @ weight.double().T
+    rtol = 1e-5 if name == "native" else 2**-8
+    torch.testing.assert_close(linear(x).double(), expected, atol=1e-4, rtol=rtol)
+
+
+def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LinearPacker("torch", torch.float32).name == "plain"
     with pytest.raises(ValueError, match="unknown linear backend 'mkl'"):
         LinearPacker("mkl", torch.float32)
+    monkeypatch.setattr("model.linear._has_onednn", lambda dtype: True)
+    assert LinearPacker("torch", torch.float32).name == "plain"
+    assert LinearPacker("torch", torch.bfloat16).name == "onednn"
 
 
-@pytest.mark.usefixtures("unbuilt")
+def test_native_products_need_the_kernels() -> None:
+    with pytest.raises(AssertionError, match="need the kernels"):
+        LinearPacker("native", torch.float32)
+
+
 def test_onednn_is_refused_where_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.linear._has_onednn", lambda dtype: False)
-    assert LinearPacker("auto", torch.bfloat16).name == "plain"
+    assert LinearPacker("torch", torch.bfloat16).name == "plain"
     with pytest.raises(ValueError, match="does not compute"):
         LinearPacker("onednn", torch.bfloat16)

@@ -10,27 +10,31 @@ from torch import Tensor
 
 from model.linear import cancelling_rows
 from model.linear_native import NativeLinear, NativeLinears
-from model.native.levels import library_path, runnable_levels
+from model.operators import silu_mul
+from model.quantize import encode, multiply
+from tests.model.levels import LEVELS, kernels_of, needs_kernels
 
-LEVELS = [level.name for level in runnable_levels() if library_path("linear", level).exists()]
 DTYPES = [torch.bfloat16, torch.float32]
 SHAPES = [(1, 1), (2, 3), (3, 31), (7, 32), (80, 33), (192, 320), (333, 1001), (577, 100), (64, 65), (1500, 257)]
 """(inputs, outputs): odd numbers of either, less than a tile, whole tiles, one output more."""
 
 pytestmark = [
-    pytest.mark.skipif(not LEVELS, reason="native kernels are not built: python -m model.native.build"),
+    needs_kernels,
     pytest.mark.parametrize("level", LEVELS),
     pytest.mark.parametrize("dtype", DTYPES),
 ]
 
 
-def pack(level: str, dtype: torch.dtype, shape: tuple[int, int], has_bias: bool) -> tuple[NativeLinear, Tensor, Tensor]:
+def pack(
+    level: str, dtype: torch.dtype, shape: tuple[int, int], has_bias: bool, **kinds: bool
+) -> tuple[NativeLinear, Tensor, Tensor]:
     """A linear, and the weight and bias that it holds."""
     num_inputs, num_outputs = shape
     generator = torch.Generator().manual_seed(num_inputs * num_outputs)
     weight = (torch.randn(num_outputs, num_inputs, generator=generator) * num_inputs**-0.5).to(dtype)
     bias = torch.randn(num_outputs, generator=generator).to(dtype) if has_bias else torch.zeros(num_outputs).to(dtype)
-    return NativeLinears(dtype, level).pack(weight, bias if has_bias else None), weight, bias
+    linears = NativeLinears(kernels_of(level), dtype, has_codes=kinds.pop("has_codes", False))
+    return linears.pack(weight, bias if has_bias else None, **kinds), weight, bias
 
 
 def rows(dtype: torch.dtype, num_rows: int, num_inputs: int) -> Tensor:
@@ -58,12 +62,8 @@ def test_the_residual_is_added_to_the_rounded_product(level: str, dtype: torch.d
     assert torch.equal(residual, before)
 
 
-@pytest.mark.usefixtures("restored_threads")
-@pytest.mark.parametrize("shape", [(2048, 500), (333, 1001), (80, 4096)], ids=str)
-def test_bits_depend_neither_on_rows_nor_on_threads(level: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """Counts that fill the registers or do not, and shapes of which some are worth a second thread and some are not."""
-    linear, weight, bias = pack(level, dtype, shape, has_bias=True)
-    x = cancelling_rows(weight, bias, 300)
+def check_bits(linear: NativeLinear, x: Tensor) -> None:
+    """Each row has its bits on any number of threads, among any others; `x` has 300 rows."""
     torch.set_num_threads(1)
     together = linear(x)
     rng = random.Random(0)
@@ -75,13 +75,137 @@ def test_bits_depend_neither_on_rows_nor_on_threads(level: str, dtype: torch.dty
             assert torch.equal(linear(x[start : start + num_rows]), together[start : start + num_rows]), num_rows
 
 
-def test_a_row_of_inputs_that_are_not_finite_stays_alone(level: str, dtype: torch.dtype) -> None:
-    linear, _, _ = pack(level, dtype, (33, 70), has_bias=False)
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("shape", [(2048, 500), (333, 1001), (80, 4096)], ids=str)
+def test_bits_depend_neither_on_rows_nor_on_threads(level: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Counts that fill the registers or do not, and shapes of which some are worth a second thread and some are not."""
+    linear, weight, bias = pack(level, dtype, shape, has_bias=True)
+    check_bits(linear, cancelling_rows(weight, bias, 300))
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("has_codes", [False, True])
+def test_gated_bits_depend_neither_on_rows_nor_on_threads(level: str, dtype: torch.dtype, has_codes: bool) -> None:
+    linear, weight, bias = pack(level, dtype, (333, 2 * 501), has_bias=True, is_gated=True, has_codes=has_codes)
+    check_bits(linear, cancelling_rows(weight, bias, 300))
+
+
+@pytest.mark.parametrize("has_codes", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (31, 15), (64, 16), (80, 17), (192, 256), (100, 333)], ids=str)
+def test_a_gated_product_is_silu_of_one_half_times_the_other(
+    level: str, dtype: torch.dtype, shape: tuple[int, int], has_bias: bool, has_codes: bool
+) -> None:
+    """Equal to torch's silu_mul of both halves but for the rounding of its parts. Outputs fill a tile or do not."""
+    num_inputs, num_outputs = shape
+    whole = (num_inputs, 2 * num_outputs)
+    linear, _, _ = pack(level, dtype, whole, has_bias, is_gated=True, has_codes=has_codes)
+    halves, _, _ = pack(level, dtype, whole, has_bias, has_codes=has_codes)
+    x = rows(dtype, 23, num_inputs) * 3
+    found, expected = linear(x), silu_mul(halves(x))
+    assert found.shape == (23, num_outputs) and found.dtype is dtype and found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=2**-7 if dtype is torch.bfloat16 else 2e-6, atol=1e-30)
+    if dtype is torch.bfloat16:
+        assert (found != expected).sum() <= 1 + 0.01 * found.numel()
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_codes_have_the_bits_of_the_specification(
+    level: str, dtype: torch.dtype, shape: tuple[int, int], has_bias: bool
+) -> None:
+    """Without a bias; with one, a fused multiply-add rounds once where torch rounds twice."""
+    linear, weight, bias = pack(level, dtype, shape, has_bias, has_codes=True)
+    for num_rows in (1, 2, 3, 4, 6, 7, 12, 13, 130):
+        x = rows(dtype, num_rows, shape[0])
+        expected = multiply(encode(x), encode(weight), bias if has_bias else None)
+        if has_bias:
+            rtol = 2**-7 if dtype is torch.bfloat16 else 1e-6
+            torch.testing.assert_close(linear(x), expected.to(dtype), atol=1e-6, rtol=rtol)
+        else:
+            assert torch.equal(linear(x), expected.to(dtype)), num_rows
+
+
+def test_codes_added_up_are_exact_for_the_largest_codes(level: str, dtype: torch.dtype) -> None:
+    """All codes at 127: 8192 products whose sum, with what is added to the codes, fits 32 bits."""
+    linears = NativeLinears(kernels_of(level), dtype, has_codes=True)
+    signs = torch.ones(2, 8192)
+    signs[1] = -1
+    weight = torch.cat((signs, torch.ones(1, 8192).where(torch.arange(8192) % 2 == 0, -1))).to(dtype)
+    found = linears.pack(weight, keeps_float32=True)(signs.to(dtype))
+    expected = multiply(encode(signs.to(dtype)), encode(weight), None)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, torch.tensor([[8192.0, -8192.0, 0.0], [-8192.0, 8192.0, 0.0]]))
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("shape", [(2048, 500), (333, 1001)], ids=str)
+def test_bits_of_codes_depend_neither_on_rows_nor_on_threads(
+    level: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    linear, weight, bias = pack(level, dtype, shape, has_bias=True, has_codes=True)
+    check_bits(linear, cancelling_rows(weight, bias, 300))
+
+
+def test_rows_of_codes_that_are_zero_broken_or_huge(level: str, dtype: torch.dtype) -> None:
+    """Each gives what the specification gives, and touches no other row."""
+    linear, weight, _ = pack(level, dtype, (70, 50), has_bias=False, has_codes=True)
+    x = rows(dtype, 12, 70)
+    x[1] = 0
+    x[2, 69] = float("nan")
+    x[3, 0] = float("inf")
+    x[4, 5] = -float("inf")
+    x[5, 3] = 3e38
+    x[6, 69] = -1e30
+    x[7] = 0
+    x[7, 20] = 1e-30
+    x[8] *= 1e30
+    x[9] *= 1e-30
+    found, expected = linear(x), multiply(encode(x), encode(weight), None).to(dtype)
+    broken = [2, 3, 4]
+    whole = [row for row in range(12) if row not in broken]
+    assert torch.equal(found[whole], expected[whole])
+    assert not found[broken].isfinite().any() and not expected[broken].isfinite().any()
+    assert found[1].count_nonzero() == 0
+
+
+def test_an_output_of_zero_weights_is_its_bias(level: str, dtype: torch.dtype) -> None:
+    linears = NativeLinears(kernels_of(level), dtype, has_codes=True)
+    weight, bias = torch.zeros(40, 33, dtype=dtype), torch.arange(40).to(dtype)
+    weight[1::2] = rows(dtype, 20, 33)
+    assert torch.equal(linears.pack(weight, bias)(rows(dtype, 4, 33))[:, ::2], bias[None, ::2].expand(4, -1))
+
+
+@pytest.mark.parametrize("has_codes", [False, True])
+def test_results_that_are_not_rounded(level: str, dtype: torch.dtype, has_codes: bool) -> None:
+    shape = (192, 333)
+    linear, weight, _ = pack(level, dtype, shape, has_bias=False, keeps_float32=True, has_codes=has_codes)
+    rounded, _, _ = pack(level, dtype, shape, has_bias=False, has_codes=has_codes)
+    x = rows(dtype, 17, 192)
+    assert linear(x).dtype is torch.float32
+    assert torch.equal(linear(x).to(dtype), rounded(x))
+    expected = multiply(encode(x), encode(weight), None).double() if has_codes else x.double() @ weight.double().T
+    torch.testing.assert_close(linear(x).double(), expected, atol=4e-6, rtol=1e-5)
+
+
+def test_packed_memory_is_counted(level: str, dtype: torch.dtype) -> None:
+    """Weights, and a bias of float32; codes have a scale and an offset for each output as well."""
+    plain, weight, _ = pack(level, dtype, (64, 128), has_bias=False)
+    coded, _, _ = pack(level, dtype, (64, 128), has_bias=False, has_codes=True)
+    assert plain.num_bytes == weight.nbytes + 4 * 128
+    assert coded.num_bytes == weight.numel() + 3 * 4 * 128
+
+
+@pytest.mark.parametrize("kinds", [{}, {"has_codes": True}, {"is_gated": True}], ids=str)
+def test_a_row_of_inputs_that_are_not_finite_stays_alone(
+    level: str, dtype: torch.dtype, kinds: dict[str, bool]
+) -> None:
+    linear, _, _ = pack(level, dtype, (33, 70), has_bias=False, **kinds)
     x = rows(dtype, 5, 33)
     expected = linear(x)
     x[2] = float("nan")
     found = linear(x)
-    assert found[2].isnan().all()
+    assert not found[2].isfinite().any()
     assert torch.equal(found[[0, 1, 3, 4]], expected[[0, 1, 3, 4]])
 
 

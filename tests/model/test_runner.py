@@ -8,10 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import threads
+from model.families.base import MatrixKind
 from model.info import load_info
-from model.interface import NO_LOGPROBS, Admission, Batch, Dtype, Row, RunnerOptions, Sampled, Sampling
+from model.interface import (
+    NO_LOGPROBS,
+    Admission,
+    Backend,
+    Batch,
+    Dtype,
+    Quantization,
+    Row,
+    RunnerOptions,
+    Sampled,
+    Sampling,
+)
+from model.native.library import Kernels
 from model.runner import TorchRunner, load_runner
-from model.threads import available_cpus
+from model.threads import available_cpus, plan_threads
 from tests.model.checkpoints import DEFAULT_MODEL, write_checkpoint
 from tests.model.mini_loop import MiniLoop
 
@@ -48,6 +62,11 @@ def generate(
     return tokens
 
 
+def near(packed: int, counted: dict[MatrixKind, int]) -> bool:
+    """Packed matrices have tiles to fill up, and biases and scales that are not counted."""
+    return sum(counted.values()) <= packed < 1.04 * sum(counted.values())
+
+
 def test_facts_of_the_default_model() -> None:
     runner, facts = load_runner(options(num_blocks=None, kv_cache_bytes=2**20))
     assert facts.architecture == "LlamaForCausalLM"
@@ -56,7 +75,7 @@ def test_facts_of_the_default_model() -> None:
     assert facts.eos_token_ids == (0, 2)
     info = load_info(DEFAULT_MODEL)
     assert facts.num_parameters == info.num_parameters
-    assert facts.weight_bytes == info.weight_bytes(Dtype.BFLOAT16)
+    assert near(facts.weight_bytes, info.weight_bytes(Dtype.BFLOAT16))
     assert facts.kv_bytes_per_token == info.config.kv_bytes_per_token(Dtype.BFLOAT16)
     assert (facts.default_temperature, facts.default_top_p, facts.default_max_tokens) == (0.7, 0.95, 128)
     assert facts.num_threads == torch.get_num_threads() == 2
@@ -64,19 +83,42 @@ def test_facts_of_the_default_model() -> None:
     assert (runner.shape.num_slots, runner.shape.max_batch_tokens, runner.shape.block_size) == (4, 64, 16)
 
 
+def test_facts_of_backends(native_kernels: Kernels) -> None:
+    _, native = load_runner(options())
+    assert (native.backend, native.cpu_level) == ("native", native_kernels.level)
+    assert native.quantization == "none"
+    _, torchs = load_runner(options(backend=Backend.TORCH))
+    assert (torchs.backend, torchs.cpu_level) == ("torch", "")
+    _, baseline = load_runner(options(backend=Backend.NATIVE, cpu_level="baseline"))
+    assert (baseline.backend, baseline.cpu_level) == ("native", "baseline")
+
+
+@pytest.mark.parametrize("backend", [Backend.AUTO, Backend.TORCH])
 @pytest.mark.parametrize("dtype", list(Dtype))
-@pytest.mark.usefixtures("native_attention")
-def test_greedy_tokens_are_the_transformers(dtype: Dtype) -> None:
-    runner, _ = load_runner(options(dtype=dtype))
+def test_facts_of_8_bit_weights(backend: Backend, dtype: Dtype) -> None:
+    runner, facts = load_runner(options(backend=backend, dtype=dtype, quantization=Quantization.INT8))
+    assert (facts.quantization, facts.dtype) == ("int8", dtype.value)
+    info = load_info(DEFAULT_MODEL)
+    assert facts.num_parameters == info.num_parameters
+    assert near(facts.weight_bytes, info.weight_bytes(dtype, Quantization.INT8))
+    assert len(generate(runner, 0, range(40, 70), 5)) == 5
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+@pytest.mark.parametrize("quantization", list(Quantization))
+@pytest.mark.usefixtures("native_kernels")
+def test_greedy_tokens_are_the_transformers(dtype: Dtype, quantization: Quantization) -> None:
+    runner, _ = load_runner(options(dtype=dtype, quantization=quantization))
     prompt = list(range(40, 70))
-    expected = MiniLoop(DEFAULT_MODEL, getattr(torch, dtype.value)).generate([prompt], 12)[0]
-    assert generate(runner, 3, prompt, 12) == expected
+    loop = MiniLoop(DEFAULT_MODEL, getattr(torch, dtype.value), quantization=quantization)
+    assert generate(runner, 3, prompt, 12) == loop.generate([prompt], 12)[0]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.9, top_p=0.9, seed=7)])
-@pytest.mark.usefixtures("native_attention")
-def test_tokens_do_not_depend_on_what_shares_the_step(sampling: Sampling) -> None:
-    runner, _ = load_runner(options())
+@pytest.mark.parametrize("quantization", list(Quantization))
+@pytest.mark.usefixtures("native_kernels")
+def test_tokens_do_not_depend_on_what_shares_the_step(sampling: Sampling, quantization: Quantization) -> None:
+    runner, _ = load_runner(options(quantization=quantization, max_batch_tokens=65))
     prompt = list(range(100, 125))
     alone = generate(runner, 0, prompt, 10, sampling)
     others = [admit(slot, range(slot, slot + 20), 20, 16 * slot, Sampling(seed=slot), 20) for slot in (1, 2)]
@@ -87,7 +129,7 @@ def test_tokens_do_not_depend_on_what_shares_the_step(sampling: Sampling) -> Non
     assert tokens == alone
 
 
-@pytest.mark.usefixtures("native_attention")
+@pytest.mark.usefixtures("native_kernels")
 def test_tokens_do_not_depend_on_the_shares_of_the_prompt() -> None:
     runner, _ = load_runner(options())
     prompt = list(range(200, 250))
@@ -97,7 +139,7 @@ def test_tokens_do_not_depend_on_the_shares_of_the_prompt() -> None:
     assert launch(runner, Row(1, 33, 17, wants_token=True)) == whole
 
 
-@pytest.mark.usefixtures("native_attention")
+@pytest.mark.usefixtures("native_kernels")
 def test_readmission_after_preemption_continues_alike() -> None:
     runner, _ = load_runner(options())
     prompt = list(range(300, 320))
@@ -131,7 +173,9 @@ def test_a_context_can_be_computed_to_its_end(tmp_path: Path) -> None:
 
 
 def test_a_pool_smaller_than_a_step_still_warms_up(tmp_path: Path) -> None:
-    runner, _ = load_runner(options(write_checkpoint(tmp_path), num_blocks=1, block_size=1))
+    runner, _ = load_runner(options(write_checkpoint(tmp_path), num_blocks=1, backend=Backend.TORCH, block_size=1))
+    assert runner.shape.num_blocks == 1
+    runner, _ = load_runner(options(tmp_path, num_blocks=1))
     assert runner.shape.num_blocks == 1
 
 
@@ -141,14 +185,16 @@ def test_progress_is_told(tmp_path: Path) -> None:
     assert calls[-1][0] == calls[-1][1] > 0
 
 
+@pytest.mark.usefixtures("native_kernels")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"context_length": 2049}, "context_length: the model's own is 2048, 2049 is longer"),
         ({"num_blocks": None, "kv_cache_bytes": 100}, "needs 8192 bytes for one block, the budget is 100"),
         ({"num_blocks": 2**44}, "no memory for a key/value cache of 17592186044416 blocks"),
-        ({"attention": "flash"}, "unknown attention backend 'flash'"),
-        ({"linear": "mkl"}, "unknown linear backend 'mkl'"),
+        ({"backend": Backend.NATIVE, "cpu_level": "v9"}, "unknown instruction set level 'v9'"),
+        ({"backend": Backend.TORCH, "cpu_level": "v3"}, "cpu_level: the torch backend has no levels"),
+        ({"backend": Backend.NATIVE, "block_size": 8}, "block_size: the native backend takes multiples of 16, not 8"),
         ({"model_dir": "/nowhere"}, "No such file"),
     ],
 )
@@ -189,3 +235,35 @@ def test_the_quota_of_version_one(tmp_path: Path) -> None:
     (group / "cpu.cfs_period_us").write_text("100000\n")
     (tmp_path / "cgroup").write_text("4:memory:/pod\n3:cpu,cpuacct:/pod\n")
     assert available_cpus(tmp_path, tmp_path / "cgroup") == 1
+
+
+@pytest.mark.parametrize(
+    ("cpus", "quota", "asked", "pins", "num_threads", "places"),
+    [
+        ([0, 1], None, None, None, 2, ()),
+        ([3], None, None, None, 1, ()),
+        (range(4), None, None, None, 3, (0, 1, 2)),
+        ([1, 3, 5, 7, 9], None, None, None, 4, (1, 3, 5, 7)),
+        (range(4), None, 4, None, 4, ()),
+        (range(8), 8.0, None, None, 7, ()),
+        (range(8), 2.5, None, None, 2, ()),
+        (range(4), None, None, False, 3, ()),
+        ([0, 1], None, 2, True, 2, (0, 1)),
+        ([2, 4], None, 3, True, 3, (2, 4, 2)),
+        (range(8), None, 2, None, 2, (0, 1)),
+    ],
+)
+def test_threads_are_planned_for_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+    cpus: Sequence[int],
+    quota: float | None,
+    asked: int | None,
+    pins: bool | None,
+    num_threads: int,
+    places: tuple[int, ...],
+) -> None:
+    """One CPU is left to the front end where there are enough; each thread has its own only where that leaves one."""
+    monkeypatch.setattr(threads, "_allowed_cpus", lambda: list(cpus))
+    monkeypatch.setattr(threads, "_quota", lambda *files: quota)
+    plan = plan_threads(asked, pins)
+    assert (plan.num_threads, plan.cpus) == (num_threads, places)

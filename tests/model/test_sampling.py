@@ -16,7 +16,9 @@ from transformers import (
 
 from model.interface import Admission, Sampling
 from model.sampling import Sampler, SlotState, change, count_kept, keep_first, most_likely, race, rank
+from model.transformer import Logits
 
+NAN, INF = float("nan"), float("inf")
 CONTEXT_LENGTH = 64
 PROMPT = (3, 1, 4, 1, 5)
 OUTPUT = (9, 2, 6, 5, 9, 9)
@@ -35,13 +37,13 @@ def make_sampler(samplings, vocab_size, known=(*PROMPT, *OUTPUT), num_prompt=NUM
 
 def sample_one(logits, sampling, position=NUM_KNOWN, **admission):
     sampler = make_sampler([sampling], len(logits), **admission)
-    return sampler.sample(logits[None], [0], [position])
+    return sampler.sample(Logits.of(logits[None]), [0], [position])
 
 
 def draws(logits, sampling, num):
     """Tokens drawn at positions 0, 1, ... from the same logits, many rows at a time."""
     sampler = make_sampler([sampling], len(logits))
-    return torch.tensor(sampler.sample(logits.expand(num, -1), [0] * num, range(num)).token_ids)
+    return torch.tensor(sampler.sample(Logits.of(logits.expand(num, -1)), [0] * num, range(num)).token_ids)
 
 
 def random_logits(*shape, seed=0, scale=3.0):
@@ -134,7 +136,7 @@ def test_draws_over_seeds_follow_the_softmax_too():
     """One position, many requests: seeds must be as good a source as positions."""
     logits = random_logits(100, seed=4, scale=1.5)
     sampler = make_sampler([Sampling(seed=seed) for seed in range(5000)], 100)
-    drawn = torch.tensor(sampler.sample(logits.expand(5000, -1), range(5000), [7] * 5000).token_ids)
+    drawn = torch.tensor(sampler.sample(Logits.of(logits.expand(5000, -1)), range(5000), [7] * 5000).token_ids)
     assert chi_square(drawn, logits.softmax(dim=-1)) < 4
 
 
@@ -170,21 +172,30 @@ def test_a_row_gets_the_same_token_and_bits_alone_and_among_63_others(vocab_size
     num = len(samplings)
     sampler, logits = make_sampler(samplings, vocab_size), random_logits(num, vocab_size, seed=2)
     positions = [11 + i % 5 for i in range(num)]
-    together = sampler.sample(logits, range(num), positions)
+    together = sampler.sample(Logits.of(logits), range(num), positions)
     for i in range(num):
-        alone = sampler.sample(logits[i : i + 1].clone(), [i], [positions[i]])
+        alone = sampler.sample(Logits.of(logits[i : i + 1].clone()), [i], [positions[i]])
         assert alone.token_ids == together.token_ids[i : i + 1]
         assert (alone.logprobs or [None]) == together.logprobs[i : i + 1]
-    turned = sampler.sample(logits.flip(0), list(range(num))[::-1], positions[::-1])
+    turned = sampler.sample(Logits.of(logits.flip(0)), list(range(num))[::-1], positions[::-1])
     assert turned.token_ids == together.token_ids[::-1]
     assert turned.logprobs == together.logprobs[::-1]
 
 
 def test_logits_are_left_alone():
-    logits = random_logits(len(MANY), 300)
-    before = logits.clone()
+    """Peaks too: they are the decoder's memory."""
+    logits = Logits.of(random_logits(len(MANY), 300))
+    before = [tensor.clone() for tensor in logits]
     make_sampler(MANY, 300).sample(logits, range(len(MANY)), [11] * len(MANY))
-    assert torch.equal(logits, before)
+    assert all(map(torch.equal, logits, before))
+
+
+def test_peaks_are_the_first_of_the_largest():
+    logits = Logits.of(torch.tensor([[1.0, 3.0, 3.0], [-INF, -INF, -INF], [0.0, NAN, 9.0], [INF, 0.0, INF]]))
+    assert logits.peaks_W.tolist()[:2] == [3.0, -INF]
+    assert logits.peaks_W[2].isnan() and logits.peaks_W[3] == INF
+    assert logits.peak_ids_W.tolist()[:2] == [1, 0]
+    assert logits.peak_ids_W[3] == 0
 
 
 def test_greedy_takes_the_first_of_equals():
@@ -287,7 +298,7 @@ def test_penalties_see_the_known_tokens_only():
     sampling = Sampling(temperature=0.0, presence_penalty=2.0)
     logits = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.9])
     sampler = make_sampler([sampling], 10)
-    assert [sampler.sample(logits[None], [0], [p]).token_ids[0] for p in (5, 6, 7, 8)] == [2, 2, 6, 0]
+    assert [sampler.sample(Logits.of(logits[None]), [0], [p]).token_ids[0] for p in (5, 6, 7, 8)] == [2, 2, 6, 0]
 
 
 def test_bias_of_100_forces_and_of_minus_100_bans():
@@ -314,7 +325,12 @@ def test_end_tokens_are_banned_until_min_new_tokens():
         [Sampling(temperature=0.0, logit_bias=((5, 100.0),))], 8, known=(1, 1), num_prompt=2,
         min_new_tokens=3, end_token_ids=(5, 6),
     )  # fmt: skip
-    assert [sampler.sample(logits[None], [0], [position]).token_ids[0] for position in (2, 3, 4, 5)] == [2, 2, 2, 5]
+    assert [sampler.sample(Logits.of(logits[None]), [0], [position]).token_ids[0] for position in (2, 3, 4, 5)] == [
+        2,
+        2,
+        2,
+        5,
+    ]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -332,9 +348,9 @@ def test_logprobs_are_of_the_models_own_distribution(temperature):
 
 def test_logprobs_are_columns_only_when_someone_asks():
     logits = random_logits(2, 20)
-    plain = make_sampler([Sampling(), Sampling()], 20).sample(logits, [0, 1], [11, 11])
+    plain = make_sampler([Sampling(), Sampling()], 20).sample(Logits.of(logits), [0, 1], [11, 11])
     assert plain.logprobs == []
-    mixed = make_sampler([Sampling(), Sampling(num_logprobs=0)], 20).sample(logits, [0, 1], [11, 11])
+    mixed = make_sampler([Sampling(), Sampling(num_logprobs=0)], 20).sample(Logits.of(logits), [0, 1], [11, 11])
     assert mixed.logprobs[0] is None
     assert mixed.logprobs[1].top_ids == mixed.logprobs[1].top_logprobs == []
     assert mixed.token_ids == plain.token_ids
@@ -345,17 +361,14 @@ def test_logprob_ties_are_ranked_by_id_and_capped_by_the_vocabulary():
     assert rank(torch.tensor([-2.0, -1.0]), 20)[0] == [1, 0]
 
 
-NAN, INF = float("nan"), float("inf")
-
-
 @pytest.mark.parametrize("sampling", MANY, ids=str)
 @pytest.mark.parametrize("broken", [[NAN, 1.0], [INF, 1.0], [-INF, -INF], [INF, -INF], [NAN, INF]])
 def test_a_broken_row_is_told_and_touches_no_other(sampling, broken):
     logits = random_logits(3, 128)
     sampler = make_sampler([sampling] * 3, 128)
-    healthy = sampler.sample(logits, [0, 1, 2], [11, 12, 13])
+    healthy = sampler.sample(Logits.of(logits), [0, 1, 2], [11, 12, 13])
     logits[1] = torch.tensor(broken).repeat(64)
-    sampled = sampler.sample(logits, [0, 1, 2], [11, 12, 13])
+    sampled = sampler.sample(Logits.of(logits), [0, 1, 2], [11, 12, 13])
     assert sampled.is_finite == [True, False, True]
     assert sampled.token_ids[0::2] == healthy.token_ids[0::2]
     assert 0 <= sampled.token_ids[1] < 128
@@ -368,7 +381,7 @@ def test_a_row_with_some_minus_infinities_is_fine():
     logits[40], logits[41] = 1.0, 1.0
     for sampling in (Sampling(), Sampling(top_k=50), Sampling(top_p=0.999), Sampling(repetition_penalty=2.0)):
         sampler = make_sampler([sampling], 100)
-        sampled = sampler.sample(logits.expand(50, -1), [0] * 50, range(50))
+        sampled = sampler.sample(Logits.of(logits.expand(50, -1)), [0] * 50, range(50))
         assert set(sampled.token_ids) == {40, 41}
         assert all(sampled.is_finite)
 
@@ -376,16 +389,16 @@ def test_a_row_with_some_minus_infinities_is_fine():
 def test_a_slot_forgets_the_sequence_before():
     sampler = make_sampler([Sampling(temperature=0.0, logit_bias=((3, 100.0),))], 10)
     logits = torch.arange(10.0)[None]
-    assert sampler.sample(logits, [0], [11]).token_ids == [3]
+    assert sampler.sample(Logits.of(logits), [0], [11]).token_ids == [3]
     sampler.admit(0, Admission(PROMPT, len(PROMPT), Sampling(temperature=0.0)))
-    assert sampler.sample(logits, [0], [11]).token_ids == [9]
+    assert sampler.sample(Logits.of(logits), [0], [11]).token_ids == [9]
 
 
 def test_an_empty_step_draws_nothing():
-    sampled = make_sampler([Sampling()], 10).sample(torch.empty(0, 10), [], [])
+    sampled = make_sampler([Sampling()], 10).sample(Logits.of(torch.empty(0, 10)), [], [])
     assert (sampled.token_ids, sampled.is_finite, sampled.logprobs) == ([], [], [])
 
 
 def test_a_slot_never_admitted_is_our_mistake():
     with pytest.raises(AssertionError, match="never admitted"):
-        Sampler(2, 10, torch.zeros(2, 5, dtype=torch.int32)).sample(torch.zeros(1, 10), [1], [1])
+        Sampler(2, 10, torch.zeros(2, 5, dtype=torch.int32)).sample(Logits.of(torch.zeros(1, 10)), [1], [1])

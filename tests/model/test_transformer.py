@@ -15,10 +15,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from model.config import Rope
-from model.interface import Row
+from model.interface import Backend, Quantization, Row
 from model.operators import rms_norm, silu_mul
 from model.rotary import RotaryTables, inverse_frequencies, rotate
 from tests.model.checkpoints import DEFAULT_MODEL, write_checkpoint
+from tests.model.levels import LEVELS
 from tests.model.mini_loop import MiniLoop
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -134,7 +135,7 @@ def forget(loop: MiniLoop, row: Row, ids: list[int]) -> Row:
     return loop.admit(row.slot, ids, row.num_tokens)
 
 
-def check_alone_equals_together(directory: Path, dtype: torch.dtype, vocab_size: int, every: int, **names: str) -> None:
+def check_alone_equals_together(directory: Path, dtype: torch.dtype, vocab_size: int, every: int, **names: Any) -> None:
     together = MiniLoop(directory, dtype, num_slots=64, context_length=96, **names)
     rows = ragged_rows(together, random.Random(0), vocab_size)
     logits_WV = together.step(rows)
@@ -145,18 +146,28 @@ def check_alone_equals_together(directory: Path, dtype: torch.dtype, vocab_size:
         assert torch.equal(alone.step([forget(alone, row, ids[row.slot])])[0], logits_WV[index]), row
 
 
-@pytest.mark.parametrize(
-    ("dtype", "linear"),
-    [
-        (torch.bfloat16, "native"),
-        (torch.float32, "native"),
-        (torch.bfloat16, "onednn"),
-        (torch.float32, "plain"),
-    ],
-)
-@pytest.mark.usefixtures("native_attention")
-def test_a_row_alone_has_the_bits_of_a_row_among_64(dtype: torch.dtype, linear: str) -> None:
-    check_alone_equals_together(DEFAULT_MODEL, dtype, 4096, every=5, linear=linear)
+QUANTIZATIONS = list(Quantization)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("small"), hidden_size=96, intermediate_size=200, bias=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.usefixtures("native_kernels")
+def test_a_row_alone_has_the_bits_of_a_row_among_64(dtype: torch.dtype, quantization: Quantization) -> None:
+    check_alone_equals_together(DEFAULT_MODEL, dtype, 4096, every=7, quantization=quantization)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_a_row_alone_has_the_bits_of_a_row_among_64_on_every_level(
+    small: Path, dtype: torch.dtype, quantization: Quantization, level: str
+) -> None:
+    check_alone_equals_together(small, dtype, 500, every=7, quantization=quantization, level=level)
 
 
 @pytest.mark.slow
@@ -170,17 +181,18 @@ def test_a_row_alone_has_the_bits_of_a_row_among_64(dtype: torch.dtype, linear: 
     ],
     ids=str,
 )
-@pytest.mark.parametrize("linear", ["native", "onednn", "plain"])
-@pytest.mark.usefixtures("native_attention")
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("level", LEVELS)
 def test_a_row_alone_has_the_bits_of_a_row_among_64_for_other_shapes(
-    tmp_path: Path, dtype: torch.dtype, shape: dict[str, Any], linear: str
+    tmp_path: Path, dtype: torch.dtype, shape: dict[str, Any], quantization: Quantization, level: str
 ) -> None:
-    check_alone_equals_together(write_checkpoint(tmp_path, **shape), dtype, 500, every=3, linear=linear)
+    directory = write_checkpoint(tmp_path, **shape)
+    check_alone_equals_together(directory, dtype, 500, every=3, quantization=quantization, level=level)
 
 
-def check_shares(directory: Path, dtype: torch.dtype, length: int, shares: range) -> None:
+def check_shares(directory: Path, dtype: torch.dtype, length: int, shares: range, **names: Any) -> None:
     """The logits after a prompt have the same bits however the prompt is cut."""
-    loop = MiniLoop(directory, dtype, context_length=256)
+    loop = MiniLoop(directory, dtype, context_length=256, **names)
     ids = random_ids(random.Random(1), length)
     whole = loop.prefill(0, ids, length)
     for share in shares:
@@ -188,30 +200,52 @@ def check_shares(directory: Path, dtype: torch.dtype, length: int, shares: range
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.usefixtures("native_attention")
-def test_shares_of_a_prompt_do_not_change_bits(dtype: torch.dtype) -> None:
-    check_shares(DEFAULT_MODEL, dtype, 130, range(5, 65, 8))
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.usefixtures("native_kernels")
+def test_shares_of_a_prompt_do_not_change_bits(dtype: torch.dtype, quantization: Quantization) -> None:
+    check_shares(DEFAULT_MODEL, dtype, 130, range(5, 65, 8), quantization=quantization)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_shares_of_a_prompt_do_not_change_bits_on_any_level(
+    small: Path, dtype: torch.dtype, quantization: Quantization, level: str
+) -> None:
+    check_shares(small, dtype, 130, range(5, 65, 8), quantization=quantization, level=level)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.usefixtures("native_attention")
-def test_no_share_of_a_prompt_changes_bits(dtype: torch.dtype) -> None:
-    check_shares(DEFAULT_MODEL, dtype, 200, range(1, 65))
+@pytest.mark.parametrize("level", LEVELS)
+def test_no_share_of_a_prompt_changes_bits(dtype: torch.dtype, level: str) -> None:
+    check_shares(DEFAULT_MODEL, dtype, 200, range(1, 65), level=level)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.usefixtures("native_attention")
-def test_old_content_of_blocks_is_never_seen(tmp_path: Path, dtype: torch.dtype) -> None:
-    directory = write_checkpoint(tmp_path)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_old_content_of_blocks_is_never_seen(
+    small: Path, dtype: torch.dtype, quantization: Quantization, level: str
+) -> None:
     ids = random_ids(random.Random(2), 50)
-    clean, poisoned = (MiniLoop(directory, dtype, context_length=64) for _ in range(2))
+    clean, poisoned = (
+        MiniLoop(small, dtype, context_length=64, quantization=quantization, level=level) for _ in range(2)
+    )
     for cache in (*poisoned.cache.k, *poisoned.cache.v):
         cache.fill_(float("nan"))
     assert torch.equal(poisoned.prefill(0, ids, 7), clean.prefill(0, ids, 7))
+    for position in range(50, 60):
+        for loop in (clean, poisoned):
+            loop.tables.append([0], [position], [position])
+        row = Row(0, position, 1, wants_token=True)
+        assert torch.equal(poisoned.step([row]), clean.step([row]))
 
 
-def test_rows_that_want_nothing_still_compute(tmp_path: Path) -> None:
-    loop = MiniLoop(write_checkpoint(tmp_path), torch.float32, context_length=64)
+@pytest.mark.parametrize("backend", [Backend.TORCH, Backend.AUTO])
+@pytest.mark.parametrize("by_operators", [True, False])
+def test_rows_that_want_nothing_still_compute(tmp_path: Path, backend: Backend, by_operators: bool) -> None:
+    directory = write_checkpoint(tmp_path)
+    loop = MiniLoop(directory, torch.float32, context_length=64, backend=backend, by_operators=by_operators)
     assert loop.step([loop.admit(0, list(range(20)), 10)]).shape == (0, 512)
     assert loop.cache.k[1][0].abs().sum() > 0
