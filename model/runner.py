@@ -120,7 +120,7 @@ def warm_up(runner: TorchRunner) -> None:
 
 
 def _give_back_memory() -> None:
-    """What loading took and released stays with the C library otherwise: more than the weights, of a quantized model."""
+    """What loading took and released stays with the C library otherwise: of a quantized model more than its weights."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # not every C library is GNU's
         trim(0)
