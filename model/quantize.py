@@ -29,12 +29,15 @@ class Coded(NamedTuple):
 
 
 def encode(rows_MI: Tensor) -> Coded:
-    """Codes of each row, the largest magnitude at 127. A row with a NaN or an infinity gets an infinite scale."""
+    """Codes of each row, the largest magnitude at 127.
+
+    A row with a NaN or an infinity gets an infinite scale; one whose scale has no finite reciprocal, codes of zero.
+    """
     rows = rows_MI.float()
     magnitudes = rows.abs()
     largest_M = torch.where(rows.isnan(), torch.inf, magnitudes).amax(-1)
     scales_M = largest_M / LARGEST_CODE
-    inverses_M = torch.where(scales_M > 0, 1 / scales_M, 0.0)
+    inverses_M = (1 / scales_M).nan_to_num(0.0, posinf=0.0)
     codes = (rows * inverses_M[:, None]).clamp(-LARGEST_CODE, LARGEST_CODE).nan_to_num(0.0).round()
     return Coded(codes.to(torch.int8), scales_M)
 

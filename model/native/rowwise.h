@@ -79,7 +79,8 @@ INLINE void encode_row(const void *x, uint8_t *codes, float *scale, int64_t row,
         largest = maximum(select_lanes(v == v, maximum(v, zero - v), infinite), largest);
     }
     *scale = max_lanes(largest) / 127.0f;
-    const vec inverse = splat(*scale > 0.0f ? 1.0f / *scale : 0.0f), most = splat(127.0f);
+    const float reciprocal = 1.0f / *scale;  // infinite for a row of zeros, or of numbers next to nothing: codes of zero
+    const vec inverse = splat(reciprocal < INFINITY ? reciprocal : 0.0f), most = splat(127.0f);
     for (int i = 0; i < num_bytes; i += LANES) {
         vec v = (i < width ? load_numbers(x, start + i, width - i, is_bf16) : zero) * inverse;
         v = maximum(minimum(v, most), zero - most);  // 1 / (1 / x) may be a little more than x

@@ -93,7 +93,8 @@ static void change(Signal *s, unsigned value) {
 static void meet(void) {
     static _Thread_local int64_t patience = MOST_PATIENCE;
     const unsigned meeting = atomic_load(&team.meeting.value);
-    if (atomic_fetch_add(&team.num_arrived, 1) + 1 < team.num_threads) {
+    const int num_threads = team.num_threads;  // read before arriving: afterwards it may be the next work's
+    if (atomic_fetch_add(&team.num_arrived, 1) + 1 < num_threads) {
         if (changes_within(&team.meeting, meeting, patience)) {
             patience += (MOST_PATIENCE - patience) / 8;
             return;

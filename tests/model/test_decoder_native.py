@@ -140,6 +140,21 @@ def test_the_default_model_goes_through_in_one_call(dtype: torch.dtype, quantiza
         assert all_equal(run(whole, steps), expected), num_threads
 
 
+def test_large_and_small_steps_take_turns(tmp_path: Path) -> None:
+    """Small ones are not worth a second thread: one that is late out of a large one must not disturb them."""
+    loop = make_loop(write_checkpoint(tmp_path, hidden_size=128), torch.float32)
+    large = [loop.admit(slot, range(slot, slot + 60), 60) for slot in range(4)]
+    small = [loop.admit(NUM_SLOTS - 1, [3, 4], 2)]
+    torch.set_num_threads(1)
+    expected = loop.step(large), loop.step(small)
+    rng = random.Random(0)
+    for _ in range(150):
+        torch.set_num_threads(rng.randint(2, 4))
+        assert torch.equal(loop.step(large), expected[0])
+        for _ in range(rng.randint(1, 4)):
+            assert torch.equal(loop.step(small), expected[1])
+
+
 def test_logits_belong_to_the_decoder_until_the_next_step(tmp_path: Path) -> None:
     """They are not copied: who wants to keep them does that."""
     loop = make_loop(write_checkpoint(tmp_path), torch.float32)
