@@ -78,7 +78,7 @@ lock: ## resolve both lock files again (needs uv in the environment; UPGRADE=--u
 	@$(COMPILE) $(UPGRADE) -o requirements.lock
 	@$(COMPILE) $(UPGRADE) --extra dev -c requirements.lock -o requirements-dev.lock
 
-native: $(NATIVE) ## build the compiled attention and linear kernels
+native: $(NATIVE) ## build the compiled kernels
 
 clean: ## remove everything that was built, the environment included
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis loadtest/out model/native/lib

@@ -87,6 +87,8 @@ def load_runner(options: RunnerOptions, progress: Progress | None = None) -> tup
     tensor_map: TensorMap = import_module(FAMILIES[config.architecture]).tensor_map(config)
     dtype = getattr(torch, options.dtype.value)
     kernels = choose_kernels(options.backend, options.cpu_level, config, dtype, options.block_size)
+    if kernels is None and options.pins_threads:
+        raise ValueError("pin_threads: only the native backend's threads can be tied to CPUs")
     if kernels is not None and threads.cpus:
         kernels.keep_to_cpus(threads.cpus)
     weights = load_weights(Path(options.model_dir), tensor_map, dtype, progress)

@@ -196,6 +196,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
         ({"backend": Backend.TORCH, "cpu_level": "v3"}, "cpu_level: the torch backend has no levels"),
         ({"backend": Backend.NATIVE, "block_size": 8}, "block_size: the native backend takes multiples of 16, not 8"),
         ({"model_dir": "/nowhere"}, "No such file"),
+        ({"backend": Backend.TORCH, "pins_threads": True}, "pin_threads: only the native backend's threads"),
     ],
 )
 def test_what_cannot_be_used_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
