@@ -19,7 +19,7 @@ def test_completes_code_as_a_stream(server: Server) -> None:
     assert isinstance(events[-1], Finished)
     deltas = events[1:-1]
     assert all(isinstance(delta, Delta) for delta in deltas)
-    assert len(deltas) > 4, "tokens come one by one, not all at the end"
+    assert len(deltas) > 1, "tokens come as they are drawn, not all at the end"
     text = "".join(delta.text for delta in deltas if isinstance(delta, Delta))
     assert "):\n" in text and "return" in text.lower()
 
