@@ -1,8 +1,8 @@
 """Compiles the C kernels: `python -m model.native.build`, at install or image build; nothing is compiled at run time.
 
 The C file becomes one plain shared library per instruction set level, without torch's or Python's headers: all it
-needs is a C compiler (GCC 9, clang 12, or later) and a minute of two cores. A library whose sources have not changed is left
-alone. A level that the compiler does not know is skipped.
+needs is a C compiler (GCC 9, clang 12, or later) and a minute of two cores. A library whose sources have not changed
+is left alone. A level that the compiler does not know is skipped.
 """
 
 from __future__ import annotations
