@@ -48,6 +48,7 @@ class NativeLinears:
         self.dtype = dtype
         self.has_codes = has_codes
         self.tile: int = library.quire_tile()
+        self.row_words: int = library.quire_row_words()
         self.code_offset: int = library.quire_code_offset()
         self.memory = HugePages()
         self.multiply = library.quire_multiply
@@ -81,17 +82,19 @@ class NativeLinear:
         self._scales = self._offsets = None
         if linears.has_codes:
             codes_OI, scales_O = encode(weight_OI)
-            self._words = pack_words(_in_tiles(codes_OI, linears.tile, half), linears.tile, linears.memory)
+            rows_OI = _in_tiles(codes_OI, linears.tile, half)
             self._scales = _in_tiles(scales_O, linears.tile, half)
             sums_O = codes_OI.sum(1, dtype=torch.int32)
             self._offsets = _in_tiles(linears.code_offset * sums_O, linears.tile, half)
         else:
-            self._words = pack_words(_in_tiles(weight_OI, linears.tile, half), linears.tile, linears.memory)
+            rows_OI = _in_tiles(weight_OI, linears.tile, half)
+        self._words = pack_words(rows_OI, linears.tile, linears.row_words, linears.memory)
+        num_words = -(-self._num_inputs * rows_OI.itemsize // WORD_BYTES)
         numbers = Numbers.CODES if linears.has_codes else _NUMBERS[linears.dtype]
         self._num_outputs = num_outputs // 2 if is_gated else num_outputs
         self.struct = Matrix(
             *(_pointer(tensor) for tensor in (self._words, self._bias, self._scales, self._offsets)),
-            *(self._num_outputs, self._words.shape[1], numbers, is_gated),
+            *(self._num_outputs, num_words, numbers, is_gated),
         )
         """For the kernels; it lives as long as this object."""
 
@@ -145,10 +148,13 @@ def _padding(rows: Tensor, multiple: int) -> tuple[int, ...]:
     return (*(0, 0) * (rows.dim() - 1), 0, -len(rows) % multiple)
 
 
-def pack_words(rows_OI: Tensor, tile: int, memory: HugePages) -> Tensor:
-    """Whole tiles of rows as int32 words [tiles, words of a row, tile]; rows are filled up to whole words."""
-    per_word = WORD_BYTES // rows_OI.itemsize
-    padded_OI = torch.nn.functional.pad(rows_OI, (0, -rows_OI.shape[1] % per_word))
+def pack_words(rows_OI: Tensor, tile: int, row_words: int, memory: HugePages) -> Tensor:
+    """Whole tiles of rows as int32 words [tiles, words of a row, tile].
+
+    Rows are filled up with zeros to multiples of `row_words` whole words.
+    """
+    per_row = row_words * WORD_BYTES // rows_OI.itemsize
+    padded_OI = torch.nn.functional.pad(rows_OI, (0, -rows_OI.shape[1] % per_row))
     words_TOW = padded_OI.contiguous().view(torch.int32).view(len(rows_OI) // tile, tile, -1)
     packed_TWO = memory.zeros(words_TOW.shape[0], words_TOW.shape[2], tile, dtype=torch.int32)
     return packed_TWO.copy_(words_TOW.transpose(1, 2))

@@ -49,7 +49,7 @@ class Settings(BaseModel):
     """Keep the weights of matrices as they are, or as 8-bit codes, multiplied with activations in 8 bits."""
     backend: Literal["auto", "native", "torch"] = "auto"
     """What computes: the compiled kernels, or torch, slowly; auto is the kernels where they were built."""
-    cpu_level: Literal["auto", "v4_bf16", "v4_vnni", "v4", "v3", "baseline"] = "auto"
+    cpu_level: Literal["auto", "v4_amx", "v4_bf16", "v4_vnni", "v4", "v3", "baseline"] = "auto"
     """Instruction set of the kernels; auto is this CPU's best one. Machines at one level give equal logits."""
     threads: int | None = Field(None, ge=1, le=1024)
     """Compute threads; default: the CPUs this process may use, one less where there are four or more."""

@@ -36,6 +36,8 @@ openvino() {
     # torch, which the export traces with, comes first and is pinned: any build will do, and the CPU's is the smallest.
     openvino/bin/pip install -qq "torch==$TORCH"
     openvino/bin/pip install -qq "torch==$TORCH" "openvino-genai==$GENAI.*" nncf "optimum-intel[openvino]"
+    # It came along for pictures, and fails to import beside a torch of another build.
+    openvino/bin/pip uninstall -qq -y torchvision
     echo "OpenVINO is in $work/openvino (OPENVINO_PYTHON=$work/openvino/bin/python)"
 }
 

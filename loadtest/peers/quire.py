@@ -35,7 +35,7 @@ UNHURRIED_MS = "1000"
 
 def best_settings(workload: str, batch: int) -> RunnerSettings:
     """The way, and what bears on speed: the server's own defaults, but for the inter-token target of W2 and W3."""
-    settings = {name: str(DEFAULTS[name]) for name in ("max_batch_tokens", "target_itl_ms", "block_size")}
+    settings = {name: str(DEFAULTS[name]) for name in ("max_batch_tokens", "target_itl_ms", "block_size", "cpu_level")}
     if workload in ("W2", "W3"):
         settings["target_itl_ms"] = UNHURRIED_MS
     return {"way": "engine"} | settings

@@ -23,6 +23,7 @@
 // what it must not see has weight zero and changes no bit. Another instruction set may give other last bits.
 #pragma once
 
+#include "amx.h"
 #include "rowwise.h"
 
 #define GROUP 16
@@ -54,10 +55,12 @@ typedef struct {
 // What a thread works on. Query r of the item is token r / num_heads, head r % num_heads.
 typedef struct {
     uint32_t queries[MAX_QUERIES * MAX_HEAD_DIM];  // [query][word]
-    float scores[MAX_QUERIES * KEY_TILE];          // [query][position]
+    float scores[MAX_QUERIES * KEY_TILE];          // [query][position]: not yet scaled
     uint32_t weights[MAX_QUERIES * KEY_TILE];      // [query][word of one position, or of two]
     float outputs[MAX_QUERIES * MAX_HEAD_DIM];     // [query][head_dim]: not yet divided by the sums
+    uint32_t last_values[GROUP * MAX_HEAD_DIM];    // see complete_values
     float maxima[MAX_QUERIES], sums[MAX_QUERIES];
+    TmmShapes shapes;
 } Scratch;
 
 // ---- the cache ----
@@ -147,7 +150,7 @@ INLINE uvec load_keys(const char *const groups[], int64_t word, int j) {
 
 // Scores of a few queries against a few vectors of keys, which are held in registers while words go by.
 INLINE void score_few(Scratch *s, int r, int num_queries, const char *const groups[], int first, int num_vectors,
-                      int num_words, vec scale, int is_bf16) {
+                      int num_words, int is_bf16) {
     vec scores[QUERIES_AT_ONCE][VECTORS_AT_ONCE];
 #pragma GCC unroll 16
     for (int i = 0; i < num_queries; i++)
@@ -166,48 +169,59 @@ INLINE void score_few(Scratch *s, int r, int num_queries, const char *const grou
     }
     for (int i = 0; i < num_queries; i++)
         for (int j = 0; j < num_vectors; j++)
-            store(s->scores + (r + i) * KEY_TILE + (first + j) * LANES, scores[i][j] * scale);
+            store(s->scores + (r + i) * KEY_TILE + (first + j) * LANES, scores[i][j]);
 }
 
 INLINE void score_vectors(Scratch *s, int r, int num_queries, const char *const groups[], int first, int num_vectors,
-                          int num_words, vec scale, int is_bf16) {
+                          int num_words, int is_bf16) {
     for (; r < num_queries; r += QUERIES_AT_ONCE) switch (num_queries - r) {
-            case 1: score_few(s, r, 1, groups, first, num_vectors, num_words, scale, is_bf16); break;
-            case 2: score_few(s, r, 2, groups, first, num_vectors, num_words, scale, is_bf16); break;
-            case 3: score_few(s, r, 3, groups, first, num_vectors, num_words, scale, is_bf16); break;
-            default:
-                score_few(s, r, QUERIES_AT_ONCE, groups, first, num_vectors, num_words, scale, is_bf16);
+            case 1: score_few(s, r, 1, groups, first, num_vectors, num_words, is_bf16); break;
+            case 2: score_few(s, r, 2, groups, first, num_vectors, num_words, is_bf16); break;
+            case 3: score_few(s, r, 3, groups, first, num_vectors, num_words, is_bf16); break;
+            default: score_few(s, r, QUERIES_AT_ONCE, groups, first, num_vectors, num_words, is_bf16);
         }
 }
 
 INLINE void score(Scratch *s, int r, int num_queries, const char *const groups[], int num_keys, int num_words,
-                  vec scale, int is_bf16) {
+                  int is_bf16) {
     const int num_vectors = (num_keys + LANES - 1) / LANES;
     int first = 0;
     for (; first + VECTORS_AT_ONCE <= num_vectors; first += VECTORS_AT_ONCE)
-        score_vectors(s, r, num_queries, groups, first, VECTORS_AT_ONCE, num_words, scale, is_bf16);
+        score_vectors(s, r, num_queries, groups, first, VECTORS_AT_ONCE, num_words, is_bf16);
     for (; first < num_vectors; first++)
-        score_vectors(s, r, num_queries, groups, first, 1, num_words, scale, is_bf16);
+        score_vectors(s, r, num_queries, groups, first, 1, num_words, is_bf16);
 }
 
 // Turns one query's scores into weights relative to the running maximum, and rescales what was summed before.
-INLINE void soften(Scratch *s, int r, int num_visible, int head_dim, int is_bf16) {
-    float *scores = s->scores + r * KEY_TILE;
-    for (int i = num_visible; i < KEY_TILE; i++) scores[i] = -INFINITY;
-    vec maxima = load(scores);
-    for (int i = LANES; i < KEY_TILE; i += LANES) maxima = maximum(maxima, load(scores + i));
-    const float tile_maximum = max_lanes(maxima);
-    const float maximum_now = tile_maximum > s->maxima[r] ? tile_maximum : s->maxima[r];
+INLINE void soften(Scratch *s, int r, int num_visible, float scale, int head_dim, int is_bf16) {
+    vec scores[KEY_TILE / LANES];
+    ivec position;
+    for (int i = 0; i < LANES; i++) position[i] = i;
+    vec maxima = splat(-INFINITY);
+#pragma GCC unroll 16
+    for (int i = 0; i < KEY_TILE / LANES; i++, position += LANES) {
+        scores[i] = load(s->scores + r * KEY_TILE + i * LANES) * splat(scale);
+        if (num_visible < KEY_TILE) scores[i] = select_lanes(position < num_visible, scores[i], splat(-INFINITY));
+        maxima = maximum(maxima, scores[i]);
+    }
+    const float tile_maximum = max_lanes(maxima), maximum_before = s->maxima[r];
+    const float maximum_now = tile_maximum > maximum_before ? tile_maximum : maximum_before;
     char *weights = (char *)(s->weights + r * KEY_TILE);
     vec sums = {0};
-    for (int i = 0; i < KEY_TILE; i += LANES) {
-        const vec weight = exp_nonpositive(load(scores + i) - splat(maximum_now));
-        store_numbers(weights, i, weight, LANES, is_bf16);
+#pragma GCC unroll 16
+    for (int i = 0; i < KEY_TILE / LANES; i++) {
+        const vec below = scores[i] - splat(maximum_now);
+        const vec weight = is_bf16 ? exp_coarse(below) : exp_nonpositive(below);
+        store_numbers(weights, i * LANES, weight, LANES, is_bf16);
         sums += weight;
     }
-    float shrink[LANES];
-    store(shrink, exp_nonpositive(splat(s->maxima[r] - maximum_now)));
     s->maxima[r] = maximum_now;
+    if (maximum_now == maximum_before) {
+        s->sums[r] += sum_lanes(sums);
+        return;
+    }
+    const vec below = splat(maximum_before - maximum_now);
+    const vec shrink = is_bf16 ? exp_coarse(below) : exp_nonpositive(below);
     s->sums[r] = s->sums[r] * shrink[0] + sum_lanes(sums);
     float *outputs = s->outputs + r * head_dim;
     for (int d = 0; d < head_dim; d++) outputs[d] *= shrink[0];
@@ -278,6 +292,71 @@ INLINE void weigh(Scratch *s, const Item *item, int r, int num_queries, const ch
     }
 }
 
+// With tile registers, whole groups of keys and of values meet up to 16 queries at a time.
+
+// Whether a head's numbers fill whole registers.
+INLINE int fits_amx(int head_dim, int is_bf16) { return HAS_AMX && is_bf16 && head_dim % (2 * TMM_WORDS) == 0; }
+
+// Registers 0 to 3 hold sums, 4 queries, 5 weights, 6 keys, 7 values.
+INLINE void shape_attention(Scratch *s, int num_queries) {
+    const int num_rows = min_int(TMM_ROWS, num_queries);
+    s->shapes = (TmmShapes){.palette = 1};
+    for (int tmm = 0; tmm < 5; tmm++) set_shape(&s->shapes, tmm, num_rows, TMM_WORDS);
+    set_shape(&s->shapes, 5, num_rows, GROUP / 2);
+    set_shape(&s->shapes, 6, TMM_ROWS, TMM_WORDS);
+    set_shape(&s->shapes, 7, GROUP / 2, TMM_WORDS);
+    shape_tmm(&s->shapes);
+}
+
+// The last group of an item may go on with whatever a block held before: a copy of it with zeros instead.
+INLINE const char *complete_values(Scratch *s, const char *group, int num_positions, int head_dim) {
+    const int num_words = (num_positions + 1) / 2 * head_dim;
+    memcpy(s->last_values, group, sizeof(uint32_t) * num_words);
+    memset(s->last_values + num_words, 0, sizeof(uint32_t) * (GROUP / 2 * head_dim - num_words));
+    return (const char *)s->last_values;
+}
+
+INLINE void score_amx(Scratch *s, int r, int num_queries, const char *const groups[], int num_groups, int num_words) {
+    const int query_bytes = 4 * num_words, score_bytes = 4 * KEY_TILE;
+    for (r -= r % TMM_ROWS; r < num_queries; r += TMM_ROWS) {
+        const uint32_t *queries = s->queries + r * num_words;
+        float *scores = s->scores + r * KEY_TILE;
+        ZERO_TMM(0);
+        ZERO_TMM(1);
+        ZERO_TMM(2);
+        ZERO_TMM(3);
+#define SCORE_GROUP(i)                                                             if (num_groups > i) {                                                              LOAD_TMM(6, groups[i] + 4 * word * GROUP, 4 * GROUP);                          DOT_TMM_BF16(i, 4, 6);                                                         if (word + TMM_WORDS == num_words) STORE_TMM(i, scores + i * GROUP, score_bytes);     }
+        for (int64_t word = 0; word < num_words; word += TMM_WORDS) {
+            LOAD_TMM(4, queries + word, query_bytes);
+            SCORE_GROUP(0);
+            SCORE_GROUP(1);
+            SCORE_GROUP(2);
+            SCORE_GROUP(3);
+        }
+#undef SCORE_GROUP
+    }
+}
+
+INLINE void weigh_amx(Scratch *s, int r, int num_queries, const char *const groups[], int num_groups, int head_dim) {
+    const int output_bytes = 4 * head_dim;
+    for (r -= r % TMM_ROWS; r < num_queries; r += TMM_ROWS)
+        for (int column = 0; column < head_dim; column += 2 * TMM_WORDS) {
+            float *outputs = s->outputs + r * head_dim + column;
+            LOAD_TMM(0, outputs, output_bytes);
+            LOAD_TMM(1, outputs + TMM_WORDS, output_bytes);
+            for (int group = 0; group < num_groups; group++) {
+                const char *values = groups[group] + 4 * column;
+                LOAD_TMM(5, s->weights + r * KEY_TILE + group * GROUP / 2, 4 * KEY_TILE);
+                LOAD_TMM(7, values, output_bytes);
+                DOT_TMM_BF16(0, 5, 7);
+                LOAD_TMM(7, values + 4 * TMM_WORDS, output_bytes);
+                DOT_TMM_BF16(1, 5, 7);
+            }
+            STORE_TMM(0, outputs, output_bytes);
+            STORE_TMM(1, outputs + TMM_WORDS, output_bytes);
+        }
+}
+
 INLINE void store_outputs(const Scratch *s, const Attention *a, const Item *item, int is_bf16) {
     for (int r = 0; r < item->num_tokens * item->num_heads; r++) {
         const int64_t offset = query_offset(a, item, r);
@@ -318,25 +397,32 @@ INLINE void attend_item(Scratch *s, const Attention *a, const Item *item, int is
     const int group_bytes = GROUP * head_dim * (is_bf16 ? 2 : 4);
     const int num_queries = item->num_tokens * item->num_heads;
     const int num_positions = item->first_visible + item->num_tokens - 1;
-    const vec scale = splat(a->scale);
     int64_t offsets[2][TILE_GROUPS];  // of this tile and the next one
     const char *keys[TILE_GROUPS], *values[TILE_GROUPS];
     load_queries(s, a, item, is_bf16);
+    const int has_amx = fits_amx(head_dim, is_bf16);
+    if (has_amx) shape_attention(s, num_queries);
     int num_groups = locate_tile(a, item, 0, num_positions, is_bf16, offsets[0]);
     for (int start = 0, now = 0; start < num_positions; start += KEY_TILE, now ^= 1) {
-        const int num_keys = min_int(KEY_TILE, num_positions - start);
+        const int num_keys = min_int(KEY_TILE, num_positions - start), num_now = num_groups;
         const int first = max_int(0, start + 1 - item->first_visible) * item->num_heads;  // sees this tile at all
-        point_to(keys, a->k_cache, offsets[now], num_groups);
-        point_to(values, a->v_cache, offsets[now], num_groups);
+        point_to(keys, a->k_cache, offsets[now], num_now);
+        point_to(values, a->v_cache, offsets[now], num_now);
         // Memory fetches the values while scores are computed, and the next keys while values are weighed.
-        prefetch_groups(a->v_cache, offsets[now], num_groups, group_bytes);
-        score(s, first, num_queries, keys, num_keys, num_words, scale, is_bf16);
+        prefetch_groups(a->v_cache, offsets[now], num_now, group_bytes);
+        if (has_amx) score_amx(s, first, num_queries, keys, num_now, num_words);
+        else score(s, first, num_queries, keys, num_keys, num_words, is_bf16);
         num_groups = locate_tile(a, item, start + KEY_TILE, num_positions, is_bf16, offsets[now ^ 1]);
         prefetch_groups(a->k_cache, offsets[now ^ 1], num_groups, group_bytes);
-        for (int r = first; r < num_queries; r++)
-            soften(s, r, visible_in_tile(item, r, start), head_dim, is_bf16);
-        weigh(s, item, first, num_queries, values, start, head_dim, is_bf16);
+        // Whoever shares a register with a query that sees something gets weights too: zeros.
+        for (int r = has_amx ? first - first % TMM_ROWS : first; r < num_queries; r++)
+            soften(s, r, visible_in_tile(item, r, start), a->scale, head_dim, is_bf16);
+        if (has_amx && num_keys % GROUP)
+            values[num_now - 1] = complete_values(s, values[num_now - 1], num_keys % GROUP, head_dim);
+        if (has_amx) weigh_amx(s, first, num_queries, values, num_now, head_dim);
+        else weigh(s, item, first, num_queries, values, start, head_dim, is_bf16);
     }
+    if (has_amx) release_tmm();
     store_outputs(s, a, item, is_bf16);
 }
 

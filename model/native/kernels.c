@@ -43,6 +43,9 @@ EXPORTED void quire_multiply(const Matrix *m, const void *x, const void *residua
 // How many outputs a tile of the packed weight holds at this level.
 EXPORTED int quire_tile(void) { return TILE; }
 
+// How many words the rows of a packed weight are filled up to multiples of.
+EXPORTED int quire_row_words(void) { return ROW_WORDS; }
+
 // What is added to the codes of x; see matrix.h.
 EXPORTED int quire_code_offset(void) { return CODE_OFFSET; }
 
@@ -125,6 +128,9 @@ EXPORTED void quire_step(const Decoder *d, const Step *s, int num_threads) {
     const int64_t of_layer = effort(&layer->qkv, s->num_tokens) + effort(&layer->gate_up, s->num_tokens);
     run_together(run_step_part, &f, threads_for(of_layer * d->num_layers, num_threads));
 }
+
+// Asks the system for what this level needs; 0 where it refuses. To be called before any work.
+EXPORTED int quire_permit(void) { return permit_tmm(); }
 
 // What this library was built from; the loader refuses a library that does not match its sources.
 EXPORTED const char *quire_source_digest(void) { return QUIRE_SOURCE_DIGEST; }

@@ -23,6 +23,9 @@ COMMON_FLAGS = (
 V3_FEATURES = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
 V4_FEATURES = V3_FEATURES | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 V4_FLAGS = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+BF16_FEATURES = V4_FEATURES | {"avx512_bf16", "avx512_vnni"}
+BF16_FLAGS = ("-mavx512bf16", "-mavx512vnni")
+AMX_FLAGS = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class Level:
 
 
 LEVELS = (
-    Level("v4_bf16", (*V4_FLAGS, "-mavx512bf16", "-mavx512vnni"), V4_FEATURES | {"avx512_bf16", "avx512_vnni"}),
+    Level("v4_amx", (*V4_FLAGS, *BF16_FLAGS, *AMX_FLAGS), BF16_FEATURES | {"amx_tile", "amx_bf16", "amx_int8"}),
+    Level("v4_bf16", (*V4_FLAGS, *BF16_FLAGS), BF16_FEATURES),
     Level("v4_vnni", (*V4_FLAGS, "-mavx512vnni"), V4_FEATURES | {"avx512_vnni"}),
     Level("v4", V4_FLAGS, V4_FEATURES),
     Level("v3", ("-march=x86-64-v3",), V3_FEATURES),

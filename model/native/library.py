@@ -28,18 +28,22 @@ class Kernels:
 def open_kernels(level_name: str | None = None) -> Kernels:
     """Opens the library of a level; without a name that of the fastest level that is built and runs here.
 
-    Raises ValueError when the level is unknown, this machine cannot execute it, or it is not built from the present
-    sources.
+    Raises ValueError when the level is unknown, this machine cannot execute it or does not let this process, or it is
+    not built from the present sources.
     """
     if level_name not in (None, *(level.name for level in LEVELS)):
         raise ValueError(f"unknown instruction set level {level_name!r}: one of {[level.name for level in LEVELS]}")
     runnable = [level for level in runnable_levels() if level_name in (None, level.name)]
     if not runnable:
         raise ValueError(f"this machine cannot execute kernels of level {level_name!r}")
-    for level in runnable:
-        if library_path(level).exists():
-            return Kernels(_open(library_path(level), level), level.name)
-    raise ValueError("the native kernels are not built: run `python -m model.native.build`")
+    built = [level for level in runnable if library_path(level).exists()]
+    if not built:
+        raise ValueError("the native kernels are not built: run `python -m model.native.build`")
+    for level in built:
+        library = _open(library_path(level), level)
+        if library.quire_permit():
+            return Kernels(library, level.name)
+    raise ValueError(f"the system does not let this process execute kernels of level {built[-1].name!r}")
 
 
 def _open(path: Path, level: Level) -> ctypes.CDLL:

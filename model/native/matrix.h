@@ -20,6 +20,7 @@
 // Another instruction set may give other last bits.
 #pragma once
 
+#include "amx.h"
 #include "rowwise.h"
 #include "team.h"
 
@@ -27,6 +28,8 @@
 
 #define TILE (2 * LANES)
 #define MAX_ROWS (LANES == 16 ? 12 : 6)  // what the registers hold: two sums for each row, and the operands
+#define MAX_TMM_ROWS (2 * TMM_ROWS)      // what the tile registers hold
+#define ROW_WORDS (HAS_AMX ? TMM_WORDS : 1)  // a weight's rows are filled up with zeros to multiples of so many words
 #define MAX_TILES 2
 #define PANEL_BYTES (512 * 1024)  // of x: they stay in the second cache while the weight goes by
 #define AHEAD_BYTES 8192          // of the weight that a single block of rows goes along
@@ -38,12 +41,12 @@ typedef enum { FLOATS, BF16S, CODES } Numbers;
 typedef enum { FLOAT_WORDS, PAIRS, PAIR_DOTS, CODE_DOTS } Kind;
 
 typedef struct {
-    const uint32_t *words;   // [num_tiles][num_words][TILE]
+    const uint32_t *words;   // [num_tiles][num_words, filled up][TILE]
     const float *bias;       // [num_tiles * TILE]
     const float *scales;     // [num_tiles * TILE], of codes
     const int32_t *offsets;  // [num_tiles * TILE], of codes
     int num_outputs;         // of y: of a gated matrix as many as each of the two has
-    int num_words;
+    int num_words;           // of a row of x
     int numbers, is_gated;
 } Matrix;
 
@@ -61,6 +64,11 @@ INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 INLINE int tile_outputs(const Matrix *m) { return m->is_gated ? LANES : TILE; }
 
 INLINE int num_tiles(const Matrix *m) { return ceil_div(m->num_outputs, tile_outputs(m)); }
+
+INLINE int64_t tile_words(const Matrix *m) { return (int64_t)ceil_div(m->num_words, ROW_WORDS) * ROW_WORDS * TILE; }
+
+// Whether the tile registers multiply it.
+INLINE int fits_tmm(const Matrix *m) { return HAS_AMX && m->numbers != FLOATS; }
 
 // Stores one vector of results, of which `num_lanes` exist, behind the residual that it is added to.
 INLINE void store_results(const Product *p, int64_t index, vec v, int num_lanes) {
@@ -102,8 +110,8 @@ typedef struct {
 // A single block of rows fetches what it needs soon. Several share the next tile among them, so that memory is as busy
 // during the last block, which finds its tile near, as during the first.
 INLINE Fetch plan_fetch(const Matrix *m, int tile, Block block) {
-    const char *words = (const char *)(m->words + (int64_t)tile * m->num_words * TILE);
-    const int64_t tile_bytes = (int64_t)m->num_words * TILE * 4;
+    const char *words = (const char *)(m->words + tile * tile_words(m));
+    const int64_t tile_bytes = tile_words(m) * 4;
     if (block.count == 1) return (Fetch){words + AHEAD_BYTES, TILE * 4};
     return (Fetch){words + tile_bytes + tile_bytes * block.index / block.count, max_int(1, TILE * 4 / block.count)};
 }
@@ -112,8 +120,8 @@ INLINE Fetch plan_fetch(const Matrix *m, int tile, Block block) {
 // for both types would have the compiler copy its vectors to and fro.
 INLINE void multiply_block(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int num_tiles,
                            Kind kind) {
-    const int64_t stride = m->num_words, tile_words = (int64_t)m->num_words * TILE;
-    const uint32_t *x = p->x + block.row * stride, *w = m->words + tile * tile_words;
+    const int64_t stride = m->num_words, to_next_tile = tile_words(m);
+    const uint32_t *x = p->x + block.row * stride, *w = m->words + tile * to_next_tile;
     Fetch fetch = plan_fetch(m, tile, block);
     vec sums[MAX_ROWS][2 * MAX_TILES];
     ivec code_sums[MAX_ROWS][2 * MAX_TILES];
@@ -127,11 +135,11 @@ INLINE void multiply_block(const Matrix *m, const Product *p, Block block, int t
     for (int word = 0; word < m->num_words; word++, w += TILE, fetch.ahead += fetch.bytes) {
         uvec weights[2 * MAX_TILES];
 #pragma GCC unroll 16
-        for (int j = 0; j < 2 * num_tiles; j++) weights[j] = load_words(w + (j / 2) * tile_words + (j % 2) * LANES);
+        for (int j = 0; j < 2 * num_tiles; j++) weights[j] = load_words(w + (j / 2) * to_next_tile + (j % 2) * LANES);
 #pragma GCC unroll 16
         for (int j = 0; j < num_tiles; j++)
             for (int byte = 0; byte < fetch.bytes; byte += 64)
-                __builtin_prefetch(fetch.ahead + 4 * j * tile_words + byte, 0, 2);
+                __builtin_prefetch(fetch.ahead + 4 * j * to_next_tile + byte, 0, 2);
 #pragma GCC unroll 16
         for (int i = 0; i < num_rows; i++) {
             const uvec both = splat_word(x[i * stride + word]);
@@ -195,16 +203,97 @@ static void multiply_codes(const Matrix *m, const Product *p, Block block, int f
     multiply_rows(m, p, block, from, to, num_rows, CODE_DOTS);
 }
 
+// With tile registers: 4 to 7 hold two sets of rows and two halves of a tile, 0 to 3 the sums of each pair of them.
+
+INLINE void shape_product(int num_rows) {
+    const int upper = min_int(TMM_ROWS, num_rows);
+    TmmShapes shapes = {.palette = 1};
+    for (int tmm = 0; tmm < 6; tmm++) set_shape(&shapes, tmm, tmm % 2 ? num_rows - upper : upper, TMM_WORDS);
+    set_shape(&shapes, 6, TMM_ROWS, TMM_WORDS);
+    set_shape(&shapes, 7, TMM_ROWS, TMM_WORDS);
+    shape_tmm(&shapes);
+}
+
+// The words that x's rows end with, filled up with zeros.
+INLINE void copy_edge(const Matrix *m, const uint32_t *x, int num_rows, uint32_t edge[][TMM_WORDS]) {
+    const int num_left = m->num_words % TMM_WORDS;
+    if (num_left == 0) return;
+    memset(edge, 0, sizeof *edge * num_rows);
+    for (int i = 0; i < num_rows; i++) memcpy(edge[i], x + (i + 1) * m->num_words - num_left, 4 * num_left);
+}
+
+INLINE void multiply_block_tmm(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int has_lower,
+                               int is_codes) {
+    const uint32_t *x = p->x + (int64_t)block.row * m->num_words, *w = m->words + tile * tile_words(m);
+    const int num_whole = m->num_words / TMM_WORDS * TMM_WORDS;
+    Fetch fetch = plan_fetch(m, tile, block);
+    uint32_t edge[MAX_TMM_ROWS][TMM_WORDS];
+    copy_edge(m, x, num_rows, edge);
+    ZERO_TMM(0);
+    ZERO_TMM(2);
+    if (has_lower) ZERO_TMM(1);
+    if (has_lower) ZERO_TMM(3);
+    for (int word = 0; word < m->num_words; word += TMM_WORDS, w += TMM_WORDS * TILE) {
+        const uint32_t *rows = word < num_whole ? x + word : edge[0];
+        const int64_t row_words = word < num_whole ? m->num_words : TMM_WORDS;
+        for (int byte = 0; byte < TMM_WORDS * fetch.bytes; byte += 64) __builtin_prefetch(fetch.ahead + byte, 0, 2);
+        fetch.ahead += TMM_WORDS * fetch.bytes;
+        LOAD_TMM(4, rows, 4 * row_words);
+        LOAD_TMM(6, w, 4 * TILE);
+        LOAD_TMM(7, w + LANES, 4 * TILE);
+        if (has_lower) LOAD_TMM(5, rows + TMM_ROWS * row_words, 4 * row_words);
+        if (is_codes) {
+            DOT_TMM_CODES(0, 4, 6);
+            DOT_TMM_CODES(2, 4, 7);
+            if (has_lower) DOT_TMM_CODES(1, 5, 6);
+            if (has_lower) DOT_TMM_CODES(3, 5, 7);
+        } else {
+            DOT_TMM_BF16(0, 4, 6);
+            DOT_TMM_BF16(2, 4, 7);
+            if (has_lower) DOT_TMM_BF16(1, 5, 6);
+            if (has_lower) DOT_TMM_BF16(3, 5, 7);
+        }
+    }
+    float results[MAX_TMM_ROWS][TILE] __attribute__((aligned(64)));
+    STORE_TMM(0, results[0], 4 * TILE);
+    STORE_TMM(2, results[0] + LANES, 4 * TILE);
+    if (has_lower) STORE_TMM(1, results[TMM_ROWS], 4 * TILE);
+    if (has_lower) STORE_TMM(3, results[TMM_ROWS] + LANES, 4 * TILE);
+    for (int i = 0; i < num_rows; i++) {
+        vec sums[2];
+        for (int j = 0; j < 2; j++) {
+            const int output = tile * TILE + j * LANES;
+            const vec result = load(results[i] + j * LANES);
+            if (is_codes) sums[j] = scaled_codes(m, p, block.row + i, output, (ivec)result);
+            else sums[j] = result + load(m->bias + output);
+        }
+        store_sums(m, p, block.row + i, tile, sums);
+    }
+}
+
+static void multiply_tmm(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
+    shape_product(num_rows);
+    for (int tile = from; tile < to; tile++) {
+        if (m->numbers == CODES && num_rows > TMM_ROWS) multiply_block_tmm(m, p, block, tile, num_rows, 1, 1);
+        else if (m->numbers == CODES) multiply_block_tmm(m, p, block, tile, num_rows, 0, 1);
+        else if (num_rows > TMM_ROWS) multiply_block_tmm(m, p, block, tile, num_rows, 1, 0);
+        else multiply_block_tmm(m, p, block, tile, num_rows, 0, 0);
+    }
+}
+
+INLINE int max_rows(const Matrix *m) { return fits_tmm(m) ? MAX_TMM_ROWS : MAX_ROWS; }
+
 // The rows [first, last) times the tiles [from, to), in blocks of about equal numbers of rows.
 static void multiply_panel(const Matrix *m, const Product *p, int first, int last, int from, int to) {
-    const int num_blocks = ceil_div(last - first, MAX_ROWS);
+    const int num_blocks = ceil_div(last - first, max_rows(m));
     const int per_block = ceil_div(last - first, num_blocks);
     // All blocks of rows meet a tile while it is near; a single block goes along all tiles.
     const int step = num_blocks == 1 ? to - from : 1;
     for (int tile = from; tile < to; tile += step)
         for (Block block = {first, 0, num_blocks}; block.row < last; block.index++, block.row += per_block) {
             const int num_rows = min_int(per_block, last - block.row);
-            switch (m->numbers) {
+            if (fits_tmm(m)) multiply_tmm(m, p, block, tile, tile + step, num_rows);
+            else switch (m->numbers) {
                 case FLOATS: multiply_floats(m, p, block, tile, tile + step, num_rows); break;
                 case BF16S: multiply_bf16s(m, p, block, tile, tile + step, num_rows); break;
                 default: multiply_codes(m, p, block, tile, tile + step, num_rows);
@@ -214,7 +303,7 @@ static void multiply_panel(const Matrix *m, const Product *p, int first, int las
 
 // A thread's part of a product. Parts are tiles, of one panel of rows after the other.
 static void multiply_part(const Matrix *m, const Product *p) {
-    const int per_panel = max_int(4, PANEL_BYTES / (m->num_words * 4) / MAX_ROWS) * MAX_ROWS;
+    const int per_panel = max_int(4, PANEL_BYTES / (m->num_words * 4) / max_rows(m)) * max_rows(m);
     const int tiles = num_tiles(m), num_panels = ceil_div(p->num_rows, per_panel);
     int from, to;
     while (take(num_panels * tiles, MAX_TILES, &from, &to))
@@ -224,6 +313,7 @@ static void multiply_part(const Matrix *m, const Product *p) {
                            from - panel * tiles, until - panel * tiles);
             from = until;
         }
+    if (fits_tmm(m)) release_tmm();
 }
 
 // About how long one thread would take for a row, in vectors of multiplications; reading the weight costs as much as 8.

@@ -54,9 +54,10 @@ INLINE void norm_row(const void *x, const void *weight, void *y, int64_t row, in
     }
 }
 
-// x / (1 + e^-x), by e^-|x| on either side, which cannot overflow.
-INLINE vec silu(vec x) {
+// x / (1 + e^-x), by e^-|x| on either side, which cannot overflow; where that is rounded to bfloat16, by an e^-x that may.
+INLINE vec silu(vec x, int is_bf16) {
     const vec zero = {0}, one = splat(1.0f);
+    if (is_bf16 && LANES == 16) return x / (one + exp_coarse(zero - x));
     const ivec is_negative = x < zero;
     const vec power = exp_nonpositive(select_lanes(is_negative, x, zero - x));
     return x * select_lanes(is_negative, power, one) / (one + power);
@@ -64,7 +65,7 @@ INLINE vec silu(vec x) {
 
 // silu(gate) * up, each rounded before it is used.
 INLINE vec gated(vec gate, vec up, int is_bf16) {
-    return round_to(silu(round_to(gate, is_bf16)), is_bf16) * round_to(up, is_bf16);
+    return round_to(silu(round_to(gate, is_bf16), is_bf16), is_bf16) * round_to(up, is_bf16);
 }
 
 // One row as codes of 8 bits, x = scale * code with the largest |x| at 127: `num_bytes` of them, zeros behind the row's
@@ -81,12 +82,17 @@ INLINE void encode_row(const void *x, uint8_t *codes, float *scale, int64_t row,
     *scale = max_lanes(largest) / 127.0f;
     const float reciprocal = 1.0f / *scale;  // infinite for a row of zeros, or of numbers next to nothing: codes of zero
     const vec inverse = splat(reciprocal < INFINITY ? reciprocal : 0.0f), most = splat(127.0f);
+    uint8_t *bytes = codes + row * num_bytes;
     for (int i = 0; i < num_bytes; i += LANES) {
         vec v = (i < width ? load_numbers(x, start + i, width - i, is_bf16) : zero) * inverse;
         v = maximum(minimum(v, most), zero - most);  // 1 / (1 / x) may be a little more than x
-        uint8_t edge[LANES];
-        store_codes(edge, v);
-        memcpy(codes + row * num_bytes + i, edge, min_int(LANES, num_bytes - i));
+        if (i + LANES <= num_bytes) {
+            store_codes(bytes + i, v);
+        } else {
+            uint8_t edge[LANES];
+            store_codes(edge, v);
+            memcpy(bytes + i, edge, num_bytes - i);
+        }
     }
 }
 

@@ -138,21 +138,6 @@ INLINE vec first_bf16(uvec pairs) { return (vec)(pairs << 16); }
 
 INLINE vec second_bf16(uvec pairs) { return (vec)(pairs & 0xffff0000u); }
 
-INLINE float bf16_to_float(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-// Rounds to nearest, ties to even; a NaN stays one.
-INLINE uint16_t float_to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return (uint16_t)(x == x ? rounded : 0x7fc0u);
-}
-
 #if LANES == 16
 typedef uint16_t half_words __attribute__((vector_size(32)));
 #elif LANES == 8
@@ -167,15 +152,24 @@ INLINE vec load_bf16(const uint16_t *p) {
     return (vec)(__builtin_convertvector(halves, uvec) << 16);
 }
 
-// Each lane as float_to_bf16 rounds it, in the word's high half.
+// Each lane rounded to bfloat16, to nearest, ties to even; a NaN stays one. (The machine's own instruction takes numbers
+// below 2^-126 for zero.)
 INLINE vec round_bf16(vec v) {
+#if HAS_BF16_DOT
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)v);
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)halves), 16);
+#endif
     const uvec bits = (uvec)v;
     const uvec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
     return select_lanes(v == v, (vec)rounded, (vec)splat_word(0x7fc00000u));
 }
 
 INLINE void store_bf16(uint16_t *p, vec v) {
+#if HAS_BF16_DOT
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)v);
+#else
     const half_words halves = __builtin_convertvector((uvec)round_bf16(v) >> 16, half_words);
+#endif
     memcpy(p, &halves, sizeof halves);
 }
 
@@ -194,7 +188,11 @@ INLINE void store_codes(uint8_t *p, vec v) {
     memcpy(p, &codes, sizeof codes);
 }
 
+// Halves are added to each other until one number is left.
 INLINE float sum_lanes(vec v) {
+#if LANES == 16
+    return _mm512_reduce_add_ps((__m512)v);
+#endif
     float lanes[LANES];
     store(lanes, v);
     for (int width = LANES / 2; width > 0; width /= 2)
@@ -203,6 +201,9 @@ INLINE float sum_lanes(vec v) {
 }
 
 INLINE float max_lanes(vec v) {
+#if LANES == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#endif
     float lanes[LANES];
     store(lanes, v);
     for (int width = LANES / 2; width > 0; width /= 2)
@@ -229,4 +230,22 @@ INLINE vec exp_nonpositive(vec x) {
     p = multiply_add(p * r, r, r + splat(1.0f));
     const vec power_of_two = (vec)(((ivec)shifted - (ivec)rounder + 127) << 23);
     return select_lanes(is_tiny, splat(0.0f), p * power_of_two);
+}
+
+// e^x to a few millionths, for results that are rounded to bfloat16; 0 below -138; NaN stays NaN. 2^t = 2^n 2^f with n
+// the integer nearest to t, and a polynomial of the least relative error for 2^f, |f| <= 1/2, that is 1 at f = 0.
+INLINE vec exp_coarse(vec x) {
+#if LANES == 16
+    const __m512 t = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)(x * splat(1.44269504088896341f)));
+    const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vec f = (vec)t - (vec)n;
+    vec p = splat(9.582852944731712e-3f);
+    p = multiply_add(p, f, splat(5.5906426161527634e-2f));
+    p = multiply_add(p, f, splat(0.24024099111557007f));
+    p = multiply_add(p, f, splat(0.6931241750717163f));
+    p = multiply_add(p, f, splat(1.0f));
+    return (vec)_mm512_scalef_ps((__m512)p, n);
+#else
+    return exp_nonpositive(x);
+#endif
 }

@@ -169,7 +169,7 @@ def test_a_gated_matrix_gives_the_gated_product(name: str, dtype: torch.dtype, q
     x = torch.randn(37, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
     found, expected = made.pack_gated(weight, bias)(x), silu_mul(made.pack(weight, bias)(x))
     assert found.dtype is dtype and found.shape == (37, 99)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=2**-7 if dtype is torch.bfloat16 else 2e-6)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=2**-6 if dtype is torch.bfloat16 else 2e-6)
 
 
 def test_nothing_is_added_to_a_gated_product() -> None:

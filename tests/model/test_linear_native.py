@@ -104,7 +104,7 @@ def test_a_gated_product_is_silu_of_one_half_times_the_other(
     x = rows(dtype, 23, num_inputs) * 3
     found, expected = linear(x), silu_mul(halves(x))
     assert found.shape == (23, num_outputs) and found.dtype is dtype and found.is_contiguous()
-    torch.testing.assert_close(found, expected, rtol=2**-7 if dtype is torch.bfloat16 else 2e-6, atol=1e-30)
+    torch.testing.assert_close(found, expected, rtol=2**-6 if dtype is torch.bfloat16 else 2e-6, atol=1e-30)
     if dtype is torch.bfloat16:
         assert (found != expected).sum() <= 1 + 0.01 * found.numel()
 
