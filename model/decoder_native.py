@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 
 import torch
+from torch import Tensor
 
 from model.attention.base import Layout
 from model.inputs import StepInputs
@@ -19,6 +20,8 @@ from model.native.library import Kernels
 from model.transformer import Logits, Transformer
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+_FEW_ROWS = 4
+"""As in decoder.h: so few rows each thread prepares in a room of its own."""
 
 
 class _Layer(ctypes.Structure):
@@ -30,6 +33,12 @@ class _Layer(ctypes.Structure):
     )
 
 
+class _Room(ctypes.Structure):
+    """The C struct `Room` of decoder.h, field by field."""
+
+    _fields_ = tuple((name, _POINTER) for name in ("normed", "codes", "code_scales"))
+
+
 class _Decoder(ctypes.Structure):
     """The C struct `Decoder` of decoder.h, field by field."""
 
@@ -37,8 +46,8 @@ class _Decoder(ctypes.Structure):
         ("layers", ctypes.POINTER(_Layer)),
         ("unembedding", Matrix),
         *((name, _POINTER) for name in ("embedding", "norm", "cosines", "sines")),
-        *((name, _POINTER) for name in ("x", "normed", "qkv", "mixed", "q", "activated", "codes", "code_scales")),
-        ("tiles", _POINTER),
+        *((name, _POINTER) for name in ("x", "qkv", "mixed", "q", "activated", "tiles")),
+        ("rooms", ctypes.POINTER(_Room)),
         *((name, _INT) for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")),
         *((name, _INT) for name in ("block_size", "is_bf16")),
         *((name, _FLOAT) for name in ("epsilon", "scale")),
@@ -75,18 +84,20 @@ class NativeDecoder:
         )
         q_size = config.num_heads * config.head_dim
         qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
-        widths = (config.hidden_size, config.hidden_size, qkv_size, q_size, q_size, config.intermediate_size)
-        widest = max(config.hidden_size, q_size, config.intermediate_size)
-        self._room = [torch.empty(max_tokens, width, dtype=self._dtype) for width in widths]
-        self._room += [torch.empty(max_tokens, widest + 3, dtype=torch.uint8), torch.empty(max_tokens)]
-        self._room += [torch.empty(2, max_tokens, dtype=torch.int32)]
+        widths = (config.hidden_size, qkv_size, q_size, q_size, config.intermediate_size)
+        self._between = [torch.empty(max_tokens, width, dtype=self._dtype) for width in widths]
+        self._between += [torch.empty(2, max_tokens, dtype=torch.int32)]
+        self._num_threads = torch.get_num_threads()
+        self._prepared = [self._room(max_tokens), *(self._room(_FEW_ROWS) for _ in range(self._num_threads))]
+        rooms = [_Room(*(tensor.data_ptr() for tensor in room)) for room in self._prepared]
         self._layers = (_Layer * config.num_layers)(*map(self._layer, range(config.num_layers)))
         rotary = transformer.rotary
         parameters = (transformer.embedding_VE, transformer.norm_E, rotary.cos_PD, rotary.signed_sin_PD)
         self._decoder = _Decoder(
             self._layers,
             _struct(transformer.unembedding),
-            *(tensor.data_ptr() for tensor in (*parameters, *self._room)),
+            *(tensor.data_ptr() for tensor in (*parameters, *self._between)),
+            (_Room * len(rooms))(*rooms),
             *(config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim),
             *(cache.block_size, self._dtype is torch.bfloat16),
             *(config.norm_epsilon, config.head_dim**-0.5),
@@ -110,8 +121,15 @@ class NativeDecoder:
             *(num_tokens, len(plan.context_lens), num_wanted),
             *(tensor.data_ptr() for tensor in self._logits),
         )
-        self._step(self._decoder, step, torch.get_num_threads())
+        self._step(self._decoder, step, self._num_threads)
         return Logits(*(tensor[:num_wanted] for tensor in self._logits))
+
+    def _room(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where rows lie that are about to meet a matrix: as they are, or as codes of 8 bits and their scales."""
+        config = self._transformer.config
+        widest = max(config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
+        normed = torch.empty(num_rows, config.hidden_size, dtype=self._dtype)
+        return normed, torch.empty(num_rows, widest + 3, dtype=torch.uint8), torch.empty(num_rows)
 
     def _layer(self, index: int) -> _Layer:
         layer = self._transformer.layers[index]

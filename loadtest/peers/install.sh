@@ -22,8 +22,9 @@ llamacpp() {
         llama.cpp-tools/bin/pip download -qq --no-deps --no-binary :all: "llama-cpp-python==$LLAMA_CPP_PYTHON"
         tar xf "$source.tar.gz"
     fi
+    # GCC 12 takes the stores before its ldtilecfg for dead ones: where the CPU has AMX, 8-bit products would crash.
     cmake -S "$source/vendor/llama.cpp" -B llama.cpp -G Ninja -DCMAKE_MAKE_PROGRAM="$work/llama.cpp-tools/bin/ninja" \
-        -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
+        -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS="-fno-tree-dse -fno-dse" -DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
         -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_SERVER=ON \
         -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
     llama.cpp-tools/bin/ninja -C llama.cpp llama-server llama-bench llama-quantize

@@ -29,6 +29,7 @@
 #define GROUP 16
 #define KEY_TILE 64
 #define TILE_GROUPS (KEY_TILE / GROUP)
+#define TILES_AHEAD 2  // fetched before they are needed
 #define MAX_QUERIES 32
 #define MAX_HEAD_DIM 256
 #define QUERIES_AT_ONCE 4
@@ -382,44 +383,51 @@ INLINE int locate_tile(const Attention *a, const Item *item, int start, int num_
     return num_groups;
 }
 
-INLINE void prefetch_groups(const void *cache, const int64_t offsets[], int num_groups, int group_bytes) {
+// Has memory fetch the keys and values of the key tile at `start`.
+INLINE void fetch_tile(const Attention *a, const Item *item, int start, int num_positions, int is_bf16) {
+    const int group_bytes = GROUP * a->head_dim * (is_bf16 ? 2 : 4);
+    int64_t offsets[TILE_GROUPS];
+    const int num_groups = locate_tile(a, item, start, num_positions, is_bf16, offsets);
     for (int i = 0; i < num_groups; i++)
-        for (int byte = 0; byte < group_bytes; byte += 64)
-            __builtin_prefetch((const char *)cache + offsets[i] + byte);
+        for (int byte = 0; byte < group_bytes; byte += 64) {
+            __builtin_prefetch((const char *)a->k_cache + offsets[i] + byte, 0, 2);
+            __builtin_prefetch((const char *)a->v_cache + offsets[i] + byte, 0, 2);
+        }
 }
 
-INLINE void point_to(const char *groups[], const void *cache, const int64_t offsets[], int num_groups) {
-    for (int i = 0; i < num_groups; i++) groups[i] = (const char *)cache + offsets[i];
+INLINE int num_positions_of(const Item *item) { return item->first_visible + item->num_tokens - 1; }
+
+// Has memory fetch what an item begins with.
+INLINE void fetch_item(const Attention *a, const Item *item, int is_bf16) {
+    for (int tile = 0; tile < TILES_AHEAD; tile++)
+        fetch_tile(a, item, tile * KEY_TILE, num_positions_of(item), is_bf16);
 }
 
 INLINE void attend_item(Scratch *s, const Attention *a, const Item *item, int is_bf16) {
     const int head_dim = a->head_dim, num_words = is_bf16 ? head_dim / 2 : head_dim;
-    const int group_bytes = GROUP * head_dim * (is_bf16 ? 2 : 4);
-    const int num_queries = item->num_tokens * item->num_heads;
-    const int num_positions = item->first_visible + item->num_tokens - 1;
-    int64_t offsets[2][TILE_GROUPS];  // of this tile and the next one
-    const char *keys[TILE_GROUPS], *values[TILE_GROUPS];
-    load_queries(s, a, item, is_bf16);
+    const int num_queries = item->num_tokens * item->num_heads, num_positions = num_positions_of(item);
     const int has_amx = fits_amx(head_dim, is_bf16);
+    load_queries(s, a, item, is_bf16);
     if (has_amx) shape_attention(s, num_queries);
-    int num_groups = locate_tile(a, item, 0, num_positions, is_bf16, offsets[0]);
-    for (int start = 0, now = 0; start < num_positions; start += KEY_TILE, now ^= 1) {
-        const int num_keys = min_int(KEY_TILE, num_positions - start), num_now = num_groups;
+    for (int start = 0; start < num_positions; start += KEY_TILE) {
+        const int num_keys = min_int(KEY_TILE, num_positions - start);
         const int first = max_int(0, start + 1 - item->first_visible) * item->num_heads;  // sees this tile at all
-        point_to(keys, a->k_cache, offsets[now], num_now);
-        point_to(values, a->v_cache, offsets[now], num_now);
-        // Memory fetches the values while scores are computed, and the next keys while values are weighed.
-        prefetch_groups(a->v_cache, offsets[now], num_now, group_bytes);
-        if (has_amx) score_amx(s, first, num_queries, keys, num_now, num_words);
+        int64_t offsets[TILE_GROUPS];
+        const char *keys[TILE_GROUPS], *values[TILE_GROUPS];
+        const int num_groups = locate_tile(a, item, start, num_positions, is_bf16, offsets);
+        for (int i = 0; i < num_groups; i++) {
+            keys[i] = (const char *)a->k_cache + offsets[i];
+            values[i] = (const char *)a->v_cache + offsets[i];
+        }
+        fetch_tile(a, item, start + TILES_AHEAD * KEY_TILE, num_positions, is_bf16);
+        if (has_amx) score_amx(s, first, num_queries, keys, num_groups, num_words);
         else score(s, first, num_queries, keys, num_keys, num_words, is_bf16);
-        num_groups = locate_tile(a, item, start + KEY_TILE, num_positions, is_bf16, offsets[now ^ 1]);
-        prefetch_groups(a->k_cache, offsets[now ^ 1], num_groups, group_bytes);
         // Whoever shares a register with a query that sees something gets weights too: zeros.
         for (int r = has_amx ? first - first % TMM_ROWS : first; r < num_queries; r++)
             soften(s, r, visible_in_tile(item, r, start), a->scale, head_dim, is_bf16);
         if (has_amx && num_keys % GROUP)
-            values[num_now - 1] = complete_values(s, values[num_now - 1], num_keys % GROUP, head_dim);
-        if (has_amx) weigh_amx(s, first, num_queries, values, num_now, head_dim);
+            values[num_groups - 1] = complete_values(s, values[num_groups - 1], num_keys % GROUP, head_dim);
+        if (has_amx) weigh_amx(s, first, num_queries, values, num_groups, head_dim);
         else weigh(s, item, first, num_queries, values, start, head_dim, is_bf16);
     }
     if (has_amx) release_tmm();

@@ -14,17 +14,23 @@ typedef struct {
     void *k_cache, *v_cache;
 } Layer;
 
+// Where rows lie that are about to meet a matrix.
+typedef struct {
+    void *normed;        // [rows][E]
+    uint8_t *codes;      // [rows][inputs of the widest matrix], where any holds codes
+    float *code_scales;  // [rows]
+} Room;
+
 // A model, and the room that a step of at most so many tokens works in.
 typedef struct {
     const Layer *layers;
     Matrix unembedding;
-    const void *embedding, *norm;    // [V][E], [E]
-    const float *cosines, *sines;    // [positions][head_dim]
-    void *x, *normed, *qkv, *mixed;  // [T][E], [T][E], [T][heads and 2 kv heads][head_dim], [T][heads][head_dim]
-    void *q, *activated;             // [T][heads][head_dim], [T][F]
-    uint8_t *codes;                  // [T][inputs of the widest matrix], where any holds codes
-    float *code_scales;              // [T]
-    int32_t *tiles;                  // [2][T]
+    const void *embedding, *norm;  // [V][E], [E]
+    const float *cosines, *sines;  // [positions][head_dim]
+    void *x, *qkv, *mixed;         // [T][E], [T][heads and 2 kv heads][head_dim], [T][heads][head_dim]
+    void *q, *activated;           // [T][heads][head_dim], [T][F]
+    int32_t *tiles;                // [2][T]
+    const Room *rooms;             // one of T rows for all, and one of FEW_ROWS for each thread
     int num_layers, hidden_size, num_heads, num_kv_heads, head_dim, block_size, is_bf16;
     float epsilon, scale;
 } Decoder;
@@ -49,28 +55,47 @@ typedef struct {
 } Forward;
 
 // Runs `body` for the rows that this thread takes, as `row`, and meets the others.
-#define SHARE_ROWS(count, body)                                        \
+#define SHARE_ROWS(thread, count, body)                                \
     do {                                                               \
         int from_, to_;                                                \
-        while (take(count, 1, &from_, &to_))                           \
+        while (take(thread, count, 1, &from_, &to_))                   \
             for (int64_t row = from_; row < to_; row++) { body; }      \
         meet();                                                        \
     } while (0)
 
-// y = W x (+ residual), for a matrix of any kind; codes of x are made first.
+// So few rows each thread prepares for itself: that takes less than to meet.
+#define FEW_ROWS 4
+
+#define PREPARE_ROWS(thread, count, body)                              \
+    do {                                                               \
+        if (count > FEW_ROWS) SHARE_ROWS(thread, count, body);         \
+        else for (int64_t row = 0; row < count; row++) { body; }       \
+    } while (0)
+
+INLINE const Room *room_for(const Decoder *d, int num_rows, int thread) {
+    return d->rooms + (num_rows > FEW_ROWS ? 0 : 1 + thread);
+}
+
+// y = W x (+ residual), for a matrix of any kind; codes of x are made first. The matrix that is multiplied next is told.
 INLINE void apply(const Decoder *d, const Matrix *m, const void *x, const void *residual, void *y, int num_rows,
-                  int width, int is_bf16, int y_is_bf16) {
+                  int width, const Matrix *next, int thread, int is_bf16, int y_is_bf16) {
     Product product = {x, NULL, residual, y, num_rows, y_is_bf16};
     if (m->numbers == CODES) {
-        SHARE_ROWS(num_rows, encode_row(x, d->codes, d->code_scales + row, row, width, 4 * m->num_words, is_bf16));
-        product.x = (const uint32_t *)d->codes, product.scales = d->code_scales;
+        const Room *room = room_for(d, num_rows, thread);
+        PREPARE_ROWS(thread, num_rows, encode_row(x, room->codes, room->code_scales + row, row, width,
+                                                  4 * m->num_words, is_bf16));
+        product.x = (const uint32_t *)room->codes, product.scales = room->code_scales;
     }
-    multiply_part(m, &product);
+    multiply_part(m, &product, thread);
+    if (next != NULL) fetch_start(next, num_rows, thread);
     meet();
 }
 
-INLINE void norm_rows(const Decoder *d, const void *weight, int num_rows, int is_bf16) {
-    SHARE_ROWS(num_rows, norm_row(d->x, weight, d->normed, row, d->hidden_size, d->epsilon, is_bf16));
+// Returns where the rows are: for this thread only, where they are few.
+INLINE const void *norm_rows(const Decoder *d, const void *weight, int num_rows, int thread, int is_bf16) {
+    const Room *room = room_for(d, num_rows, thread);
+    PREPARE_ROWS(thread, num_rows, norm_row(d->x, weight, room->normed, row, d->hidden_size, d->epsilon, is_bf16));
+    return room->normed;
 }
 
 // The rows of wanted tokens move to the front; nothing behind the last keys and values reads the others.
@@ -79,32 +104,38 @@ INLINE void keep_wanted(const Step *s, void *rows, int64_t row_bytes) {
         if (s->wanted[i] != i) memmove((char *)rows + i * row_bytes, (char *)rows + s->wanted[i] * row_bytes, row_bytes);
 }
 
-INLINE void attend_items(Scratch *scratch, const Attention *a, int num_items, int is_bf16) {
+INLINE void attend_items(Scratch *scratch, const Attention *a, int num_items, int thread, int is_bf16) {
     int from, to;
-    while (take(num_items, 1, &from, &to))
+    while (take(thread, num_items, 1, &from, &to))
         for (int i = from; i < to; i++) {
-            const Item item = make_item(a, i);
+            const Item item = make_item(a, i), next = make_item(a, min_int(i + 1, num_items - 1));
+            fetch_item(a, &next, is_bf16);
             attend_item(scratch, a, &item, is_bf16);
         }
     meet();
 }
 
-// One layer; `is_last` computes only what is wanted from its attention on. Returns the rows that are left.
-INLINE int run_layer(const Forward *f, const Layer *layer, Scratch *scratch, int thread, int is_last, int is_bf16) {
+// One layer; the last one computes only what is wanted from its attention on. Returns the rows that are left.
+INLINE int run_layer(const Forward *f, int index, Scratch *scratch, int thread, int is_bf16) {
     const Decoder *d = f->decoder;
     const Step *s = f->step;
+    const Layer *layer = d->layers + index;
+    const int is_last = index == d->num_layers - 1;
+    const Matrix *next = is_last ? &d->unembedding : &layer[1].qkv;
     const int num_tokens = s->num_tokens, q_size = d->num_heads * d->head_dim, bytes = is_bf16 ? 2 : 4;
-    norm_rows(d, layer->norm1, num_tokens, is_bf16);
-    apply(d, &layer->qkv, d->normed, NULL, d->qkv, num_tokens, d->hidden_size, is_bf16, is_bf16);
+    const void *normed = norm_rows(d, layer->norm1, num_tokens, thread, is_bf16);
+    apply(d, &layer->qkv, normed, NULL, d->qkv, num_tokens, d->hidden_size, &layer->o, thread, is_bf16, is_bf16);
     const Rotation rotation = {
         .qkv = d->qkv, .cosines = d->cosines, .sines = d->sines, .positions = s->positions, .q = d->q,
         .k_cache = layer->k_cache, .v_cache = layer->v_cache, .blocks = s->write_blocks, .offsets = s->write_offsets,
         .num_tokens = num_tokens, .num_heads = d->num_heads, .num_kv_heads = d->num_kv_heads,
         .head_dim = d->head_dim, .block_size = d->block_size};
-    SHARE_ROWS(num_tokens, rotate_token(&rotation, row, is_bf16));
     Attention attention = f->attention;
     attention.k_cache = layer->k_cache, attention.v_cache = layer->v_cache;
-    attend_items(scratch, &attention, f->num_items, is_bf16);
+    const Item item = make_item(&attention, min_int(share_start(thread, f->num_items), f->num_items - 1));
+    fetch_item(&attention, &item, is_bf16);
+    SHARE_ROWS(thread, num_tokens, rotate_token(&rotation, row, is_bf16));
+    attend_items(scratch, &attention, f->num_items, thread, is_bf16);
     const int num_left = is_last ? s->num_wanted : num_tokens;
     if (num_left < num_tokens) {
         if (thread == 0) {
@@ -114,11 +145,11 @@ INLINE int run_layer(const Forward *f, const Layer *layer, Scratch *scratch, int
         meet();
     }
     if (num_left == 0) return 0;
-    apply(d, &layer->o, d->mixed, d->x, d->x, num_left, q_size, is_bf16, is_bf16);
-    norm_rows(d, layer->norm2, num_left, is_bf16);
-    apply(d, &layer->gate_up, d->normed, NULL, d->activated, num_left, d->hidden_size, is_bf16,
+    apply(d, &layer->o, d->mixed, d->x, d->x, num_left, q_size, &layer->gate_up, thread, is_bf16, is_bf16);
+    normed = norm_rows(d, layer->norm2, num_left, thread, is_bf16);
+    apply(d, &layer->gate_up, normed, NULL, d->activated, num_left, d->hidden_size, &layer->down, thread, is_bf16,
           is_bf16);
-    apply(d, &layer->down, d->activated, d->x, d->x, num_left, layer->gate_up.num_outputs, is_bf16,
+    apply(d, &layer->down, d->activated, d->x, d->x, num_left, layer->gate_up.num_outputs, next, thread, is_bf16,
           is_bf16);
     return num_left;
 }
@@ -127,17 +158,17 @@ INLINE void run_step(const Forward *f, int thread, int is_bf16) {
     const Decoder *d = f->decoder;
     const int64_t row_bytes = (int64_t)d->hidden_size * (is_bf16 ? 2 : 4);
     Scratch scratch;
-    SHARE_ROWS(f->step->num_tokens, memcpy((char *)d->x + row * row_bytes,
-                                           (const char *)d->embedding + f->step->ids[row] * row_bytes, row_bytes));
+    SHARE_ROWS(thread, f->step->num_tokens,
+               memcpy((char *)d->x + row * row_bytes, (const char *)d->embedding + f->step->ids[row] * row_bytes,
+                      row_bytes));
     int num_left = f->step->num_tokens;
-    for (int layer = 0; layer < d->num_layers; layer++)
-        num_left = run_layer(f, d->layers + layer, &scratch, thread, layer == d->num_layers - 1, is_bf16);
+    for (int layer = 0; layer < d->num_layers; layer++) num_left = run_layer(f, layer, &scratch, thread, is_bf16);
     if (num_left == 0) return;
-    norm_rows(d, d->norm, num_left, is_bf16);
+    const void *normed = norm_rows(d, d->norm, num_left, thread, is_bf16);
     const Step *s = f->step;
     const int width = d->unembedding.num_outputs;
-    apply(d, &d->unembedding, d->normed, NULL, s->logits, num_left, d->hidden_size, is_bf16, 0);
-    SHARE_ROWS(num_left, find_peak(s->logits + row * width, width, s->peaks + row, s->places + row));
+    apply(d, &d->unembedding, normed, NULL, s->logits, num_left, d->hidden_size, NULL, thread, is_bf16, 0);
+    SHARE_ROWS(thread, num_left, find_peak(s->logits + row * width, width, s->peaks + row, s->places + row));
 }
 
 static void run_step_part(void *work, int thread) {

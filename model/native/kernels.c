@@ -23,11 +23,10 @@ typedef struct {
 
 static void multiply_work(void *work, int thread) {
     MatrixWork *w = work;
-    (void)thread;
     if (w->m->numbers == CODES)
-        SHARE_ROWS(w->product.num_rows,
+        SHARE_ROWS(thread, w->product.num_rows,
                    encode_row(w->x, w->codes, w->scales + row, row, w->width, 4 * w->m->num_words, w->x_is_bf16));
-    multiply_part(w->m, &w->product);
+    multiply_part(w->m, &w->product, thread);
 }
 
 // y [num_rows][num_outputs] of x [num_rows][width], at least one row, both of the type of `is_bf16` unless y is wanted
@@ -60,9 +59,8 @@ typedef struct {
 
 static void norm_work(void *work, int thread) {
     NormWork *w = work;
-    (void)thread;
-    if (w->is_bf16) SHARE_ROWS(w->num_rows, norm_row(w->x, w->weight, w->y, row, w->width, w->epsilon, 1));
-    else SHARE_ROWS(w->num_rows, norm_row(w->x, w->weight, w->y, row, w->width, w->epsilon, 0));
+    if (w->is_bf16) SHARE_ROWS(thread, w->num_rows, norm_row(w->x, w->weight, w->y, row, w->width, w->epsilon, 1));
+    else SHARE_ROWS(thread, w->num_rows, norm_row(w->x, w->weight, w->y, row, w->width, w->epsilon, 0));
 }
 
 // Root mean square norm of [num_rows][width], times the weight.
@@ -79,9 +77,8 @@ typedef struct {
 
 static void rotation_work(void *work, int thread) {
     RotationWork *w = work;
-    (void)thread;
-    if (w->is_bf16) SHARE_ROWS(w->rotation->num_tokens, rotate_token(w->rotation, row, 1));
-    else SHARE_ROWS(w->rotation->num_tokens, rotate_token(w->rotation, row, 0));
+    if (w->is_bf16) SHARE_ROWS(thread, w->rotation->num_tokens, rotate_token(w->rotation, row, 1));
+    else SHARE_ROWS(thread, w->rotation->num_tokens, rotate_token(w->rotation, row, 0));
 }
 
 // Rotates queries and keys; keys and values go to the cache.
@@ -101,9 +98,8 @@ typedef struct {
 static void attention_work(void *work, int thread) {
     AttentionWork *w = work;
     Scratch scratch;
-    (void)thread;
-    if (w->is_bf16) attend_items(&scratch, w->attention, w->num_items, 1);
-    else attend_items(&scratch, w->attention, w->num_items, 0);
+    if (w->is_bf16) attend_items(&scratch, w->attention, w->num_items, thread, 1);
+    else attend_items(&scratch, w->attention, w->num_items, thread, 0);
 }
 
 EXPORTED void quire_attend(const Attention *a, int is_bf16, int num_threads) {

@@ -33,6 +33,7 @@
 #define MAX_TILES 2
 #define PANEL_BYTES (512 * 1024)  // of x: they stay in the second cache while the weight goes by
 #define AHEAD_BYTES 8192          // of the weight that a single block of rows goes along
+#define START_BYTES 16384         // of a thread's share of the weight, to be there when its work begins
 
 // What a matrix holds; the values are known to model/linear_native.py.
 typedef enum { FLOATS, BF16S, CODES } Numbers;
@@ -301,12 +302,24 @@ static void multiply_panel(const Matrix *m, const Product *p, int first, int las
         }
 }
 
+INLINE int rows_per_panel(const Matrix *m) {
+    return max_int(4, PANEL_BYTES / (m->num_words * 4) / max_rows(m)) * max_rows(m);
+}
+
+// Has memory fetch what this thread will read first of a weight, while there is something else to wait for.
+static void fetch_start(const Matrix *m, int num_rows, int thread) {
+    const int num_parts = num_tiles(m) * ceil_div(num_rows, rows_per_panel(m));
+    const int tile = share_start(thread, num_parts) % num_tiles(m);
+    for (int byte = 0; byte < START_BYTES; byte += 64)
+        __builtin_prefetch((const char *)(m->words + tile * tile_words(m)) + byte, 0, 2);
+}
+
 // A thread's part of a product. Parts are tiles, of one panel of rows after the other.
-static void multiply_part(const Matrix *m, const Product *p) {
-    const int per_panel = max_int(4, PANEL_BYTES / (m->num_words * 4) / max_rows(m)) * max_rows(m);
+static void multiply_part(const Matrix *m, const Product *p, int thread) {
+    const int per_panel = rows_per_panel(m);
     const int tiles = num_tiles(m), num_panels = ceil_div(p->num_rows, per_panel);
     int from, to;
-    while (take(num_panels * tiles, MAX_TILES, &from, &to))
+    while (take(thread, num_panels * tiles, MAX_TILES, &from, &to))
         while (from < to) {
             const int panel = from / tiles, until = min_int(to, (panel + 1) * tiles);
             multiply_panel(m, p, panel * per_panel, min_int((panel + 1) * per_panel, p->num_rows),

@@ -37,7 +37,10 @@ static struct {
     int num_started, num_threads;
     Part part;
     void *work;
-    atomic_int num_taken, num_arrived;
+    atomic_int num_arrived;
+    struct {
+        _Alignas(64) atomic_int num_taken;  // each in a cache line of its own
+    } shares[MAX_THREADS];
     Signal job;  // (count << 8) + number of threads that it is for
     Signal meeting;
 #if defined(__linux__)
@@ -104,21 +107,30 @@ static void meet(void) {
         return;
     }
     atomic_store(&team.num_arrived, 0);
-    atomic_store(&team.num_taken, 0);
+    for (int i = 0; i < num_threads; i++) atomic_store_explicit(&team.shares[i].num_taken, 0, memory_order_relaxed);
     change(&team.meeting, meeting + 1);
 }
 
-// Takes the next parts [from, to) of `total`, at least `least` where so many are left. Returns 0 when all are taken.
-// Large pieces first and small ones in the end: few grabs, and threads that were held up leave the rest to the others.
-INLINE int take(int total, int least, int *from, int *to) {
-    int taken = atomic_load_explicit(&team.num_taken, memory_order_relaxed), count;
-    do {
-        if (taken >= total) return 0;
-        count = team.num_threads == 1 ? total : max_int(least, (total - taken) / (2 * team.num_threads));
-        count = min_int(count, total - taken);
-    } while (!atomic_compare_exchange_weak(&team.num_taken, &taken, taken + count));
-    *from = taken, *to = taken + count;
-    return 1;
+// Where a thread's own share of `total` parts starts; it ends where the next one's starts.
+INLINE int share_start(int thread, int total) { return (int)((int64_t)thread * total / team.num_threads); }
+
+// Takes some parts [from, to) of `total`, at least `least` where so many are left in a share. Returns 0 when all are
+// taken. A thread goes through its own share from the start, so that what it reads there is one stream through memory,
+// and then helps the next ones. Large pieces first and small ones in the end: whoever is held up leaves most of it.
+INLINE int take(int thread, int total, int least, int *from, int *to) {
+    for (int i = 0; i < team.num_threads; i++) {
+        const int owner = (thread + i) % team.num_threads;
+        const int start = share_start(owner, total), length = share_start(owner + 1, total) - start;
+        atomic_int *num_taken = &team.shares[owner].num_taken;
+        int taken = atomic_load_explicit(num_taken, memory_order_relaxed);
+        while (taken < length) {
+            const int count = min_int(max_int(least, (length - taken) / 2), length - taken);
+            if (!atomic_compare_exchange_weak(num_taken, &taken, taken + count)) continue;
+            *from = start + taken, *to = *from + count;
+            return 1;
+        }
+    }
+    return 0;
 }
 
 static void stay_on_cpu(int thread) {
@@ -151,7 +163,7 @@ static void *work_on(void *argument) {
 static void forget_threads(void) {
     team.num_started = 0;
     atomic_store(&team.num_arrived, 0);
-    atomic_store(&team.num_taken, 0);
+    for (int i = 0; i < MAX_THREADS; i++) atomic_store(&team.shares[i].num_taken, 0);
     team.used = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     team.job = team.meeting = (Signal)SIGNAL;
 }
@@ -175,7 +187,6 @@ static void run_together(Part part, void *work, int num_threads) {
     pthread_mutex_lock(&team.used);
     team.num_threads = gather(num_threads);
     team.part = part, team.work = work;
-    atomic_store(&team.num_taken, 0);
     if (team.num_threads > 1) {
         const unsigned count = (atomic_load(&team.job.value) >> 8) + 1;
         change(&team.job, (count << 8) + team.num_threads);
