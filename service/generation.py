@@ -5,7 +5,7 @@ in the engine at once, whoever reads. It knows neither gRPC nor protobuf, nor ho
 
     engine ──on_token──► detokeniser ──► stop matcher ──► mailbox ──next_delta──► the caller's writer
                                                           (one place; new output joins what was not taken yet,
-                                                          and is announced every DELTA_SECONDS at most)
+                                                          and is announced after delta_seconds at the earliest)
 """
 
 from __future__ import annotations
@@ -24,9 +24,17 @@ from service.output import Delta, Mailbox, TextStream
 from service.text.tokenizer import Tokenizer
 
 DELTA_SECONDS = 0.02
-"""A reader is given a new delta this long after the one before, and what was drawn meanwhile in one: a message costs
-ten times the work of a token. The first token and the end do not wait.
-"""
+DELTA_SECONDS_PER_STREAM = 0.001
+LONG_DELTA_SECONDS = 0.1
+
+
+def delta_seconds(num_streams: int) -> float:
+    """How long after a delta a reader is given the next one, with what was drawn meanwhile; of so many streams.
+
+    A message costs ten times the work of a token: between its two ends 0.1 ms of a core, which many streams have to
+    leave to computing. The first token and the end do not wait.
+    """
+    return max(DELTA_SECONDS, min(num_streams * DELTA_SECONDS_PER_STREAM, LONG_DELTA_SECONDS))
 
 
 class EndReason(StrEnum):
@@ -103,6 +111,7 @@ class Generation:
         *,
         tokenizer: Tokenizer,
         metrics: RequestMetrics,
+        num_streams: Callable[[], int],
         on_scheduled: Callable[[], None],
         cancel: Callable[[int], None],
     ) -> None:
@@ -117,6 +126,7 @@ class Generation:
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self._metrics = metrics
+        self._num_streams = num_streams
         self._on_scheduled = on_scheduled
         self._cancel = cancel
         self._cancelled_at: float | None = None
@@ -250,7 +260,7 @@ class Generation:
     def _announce(self, now: float) -> None:
         """Wakes the reader: at once, or where its last delta is too recent, when it no longer is."""
         if now >= self._next_delta_at:
-            self._next_delta_at = now + DELTA_SECONDS
+            self._next_delta_at = now + delta_seconds(self._num_streams())
             self._has_news.set()
         elif self._announcement is None:
             loop = asyncio.get_running_loop()
