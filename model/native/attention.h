@@ -29,7 +29,8 @@
 #define GROUP 16
 #define KEY_TILE 64
 #define TILE_GROUPS (KEY_TILE / GROUP)
-#define TILES_AHEAD 2  // fetched before they are needed
+#define TILES_AHEAD 2         // fetched before they are needed
+#define MAXIMUM_SLACK 4.0f    // see soften
 #define MAX_QUERIES 32
 #define MAX_HEAD_DIM 256
 #define QUERIES_AT_ONCE 4
@@ -89,6 +90,19 @@ INLINE void write_value(char *head, int offset, const void *value, int head_dim,
     }
 }
 
+// Has memory fetch where a token's key and value will go, unless the token before it goes to the same lines.
+INLINE void fetch_places(const Rotation *r, int64_t token, int is_bf16) {
+    const int dim = r->head_dim, bytes = is_bf16 ? 2 : 4, offset = (int)r->offsets[token];
+    if (r->blocks[token] == r->blocks[token - 1] && offset / GROUP == (int)r->offsets[token - 1] / GROUP) return;
+    for (int head = 0; head < r->num_kv_heads; head++) {
+        const int64_t start = head_offset(r->blocks[token], head, r->num_kv_heads, r->block_size, dim, is_bf16);
+        const char *group = (const char *)r->k_cache + start + offset / GROUP * GROUP * dim * bytes;
+        for (int byte = 0; byte < GROUP * dim * bytes; byte += 64) __builtin_prefetch(group + byte, 1);
+        const char *value = (const char *)r->v_cache + start + (is_bf16 ? offset / 2 : offset) * dim * 4;
+        for (int byte = 0; byte < dim * 4; byte += 64) __builtin_prefetch(value + byte, 1);
+    }
+}
+
 // Whether the next token of the step is not the next position of this one's block.
 INLINE int is_last_written(const Rotation *r, int64_t token) {
     return token + 1 == r->num_tokens || r->blocks[token + 1] != r->blocks[token] ||
@@ -102,6 +116,7 @@ INLINE void rotate_token(const Rotation *r, int64_t token, int is_bf16) {
     const float *cosines = r->cosines + place * dim, *sines = r->sines + place * dim;
     const int64_t from = token * (heads + 2 * kv_heads) * dim;
     const int offset = (int)r->offsets[token], is_last = is_last_written(r, token);
+    if (token + 1 < r->num_tokens) fetch_places(r, token + 1, is_bf16);
     for (int head = 0; head < heads; head++)
         rotate_head(r->qkv, from + head * dim, r->q, (token * heads + head) * dim, cosines, sines, dim, is_bf16);
     for (int head = 0; head < kv_heads; head++) {
@@ -193,7 +208,8 @@ INLINE void score(Scratch *s, int r, int num_queries, const char *const groups[]
         score_vectors(s, r, num_queries, groups, first, 1, num_words, is_bf16);
 }
 
-// Turns one query's scores into weights relative to the running maximum, and rescales what was summed before.
+// Turns one query's scores into weights relative to a running maximum. What was summed before is rescaled only where the
+// maximum has grown by more than a slack, up to which weights are above 1: that is seldom (FlashAttention 4, 2025).
 INLINE void soften(Scratch *s, int r, int num_visible, float scale, int head_dim, int is_bf16) {
     vec scores[KEY_TILE / LANES];
     ivec position;
@@ -206,7 +222,7 @@ INLINE void soften(Scratch *s, int r, int num_visible, float scale, int head_dim
         maxima = maximum(maxima, scores[i]);
     }
     const float tile_maximum = max_lanes(maxima), maximum_before = s->maxima[r];
-    const float maximum_now = tile_maximum > maximum_before ? tile_maximum : maximum_before;
+    const float maximum_now = tile_maximum > maximum_before + MAXIMUM_SLACK ? tile_maximum : maximum_before;
     char *weights = (char *)(s->weights + r * KEY_TILE);
     vec sums = {0};
 #pragma GCC unroll 16
@@ -216,11 +232,11 @@ INLINE void soften(Scratch *s, int r, int num_visible, float scale, int head_dim
         store_numbers(weights, i * LANES, weight, LANES, is_bf16);
         sums += weight;
     }
-    s->maxima[r] = maximum_now;
     if (maximum_now == maximum_before) {
         s->sums[r] += sum_lanes(sums);
         return;
     }
+    s->maxima[r] = maximum_now;
     const vec below = splat(maximum_before - maximum_now);
     const vec shrink = is_bf16 ? exp_coarse(below) : exp_nonpositive(below);
     s->sums[r] = s->sums[r] * shrink[0] + sum_lanes(sums);

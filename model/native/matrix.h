@@ -25,13 +25,13 @@
 #include "team.h"
 
 #include <stddef.h>
+#include <unistd.h>
 
 #define TILE (2 * LANES)
 #define MAX_ROWS (LANES == 16 ? 12 : 6)  // what the registers hold: two sums for each row, and the operands
 #define MAX_TMM_ROWS (2 * TMM_ROWS)      // what the tile registers hold
 #define ROW_WORDS (HAS_AMX ? TMM_WORDS : 1)  // a weight's rows are filled up with zeros to multiples of so many words
 #define MAX_TILES 2
-#define PANEL_BYTES (512 * 1024)  // of x: they stay in the second cache while the weight goes by
 #define AHEAD_BYTES 8192          // of the weight that a single block of rows goes along
 #define START_BYTES 16384         // of a thread's share of the weight, to be there when its work begins
 
@@ -206,7 +206,10 @@ static void multiply_codes(const Matrix *m, const Product *p, Block block, int f
 
 // With tile registers: 4 to 7 hold two sets of rows and two halves of a tile, 0 to 3 the sums of each pair of them.
 
-INLINE void shape_product(int num_rows) {
+// Shaping takes as long as a few products: it is left out where `*shaped_for`, in rows, is right already.
+INLINE void shape_product(int num_rows, int *shaped_for) {
+    if (*shaped_for == num_rows) return;
+    *shaped_for = num_rows;
     const int upper = min_int(TMM_ROWS, num_rows);
     TmmShapes shapes = {.palette = 1};
     for (int tmm = 0; tmm < 6; tmm++) set_shape(&shapes, tmm, tmm % 2 ? num_rows - upper : upper, TMM_WORDS);
@@ -227,7 +230,13 @@ INLINE void multiply_block_tmm(const Matrix *m, const Product *p, Block block, i
                                int is_codes) {
     const uint32_t *x = p->x + (int64_t)block.row * m->num_words, *w = m->words + tile * tile_words(m);
     const int num_whole = m->num_words / TMM_WORDS * TMM_WORDS;
-    Fetch fetch = plan_fetch(m, tile, block);
+    // Memory is kept busy while sums are made and while they are stored, which take about so many cycles.
+    const Fetch fetch = plan_fetch(m, tile, block);
+    const int num_steps = ceil_div(m->num_words, TMM_WORDS), num_lines = num_steps * TMM_WORDS * fetch.bytes / 64;
+    const int step_cycles = num_steps * (has_lower ? 128 : 64), row_cycles = num_rows * (m->is_gated ? 48 : 24);
+    const int lines_per_step = ceil_div(num_lines * step_cycles / (step_cycles + row_cycles), num_steps);
+    const int lines_per_row = ceil_div(max_int(0, num_lines - lines_per_step * num_steps), num_rows);
+    const char *ahead = fetch.ahead;
     uint32_t edge[MAX_TMM_ROWS][TMM_WORDS];
     copy_edge(m, x, num_rows, edge);
     ZERO_TMM(0);
@@ -237,8 +246,7 @@ INLINE void multiply_block_tmm(const Matrix *m, const Product *p, Block block, i
     for (int word = 0; word < m->num_words; word += TMM_WORDS, w += TMM_WORDS * TILE) {
         const uint32_t *rows = word < num_whole ? x + word : edge[0];
         const int64_t row_words = word < num_whole ? m->num_words : TMM_WORDS;
-        for (int byte = 0; byte < TMM_WORDS * fetch.bytes; byte += 64) __builtin_prefetch(fetch.ahead + byte, 0, 2);
-        fetch.ahead += TMM_WORDS * fetch.bytes;
+        for (int i = 0; i < lines_per_step; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
         LOAD_TMM(4, rows, 4 * row_words);
         LOAD_TMM(6, w, 4 * TILE);
         LOAD_TMM(7, w + LANES, 4 * TILE);
@@ -268,12 +276,14 @@ INLINE void multiply_block_tmm(const Matrix *m, const Product *p, Block block, i
             if (is_codes) sums[j] = scaled_codes(m, p, block.row + i, output, (ivec)result);
             else sums[j] = result + load(m->bias + output);
         }
+        for (int j = 0; j < lines_per_row; j++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
         store_sums(m, p, block.row + i, tile, sums);
     }
 }
 
-static void multiply_tmm(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
-    shape_product(num_rows);
+static void multiply_tmm(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows,
+                         int *shaped_for) {
+    shape_product(num_rows, shaped_for);
     for (int tile = from; tile < to; tile++) {
         if (m->numbers == CODES && num_rows > TMM_ROWS) multiply_block_tmm(m, p, block, tile, num_rows, 1, 1);
         else if (m->numbers == CODES) multiply_block_tmm(m, p, block, tile, num_rows, 0, 1);
@@ -285,7 +295,7 @@ static void multiply_tmm(const Matrix *m, const Product *p, Block block, int fro
 INLINE int max_rows(const Matrix *m) { return fits_tmm(m) ? MAX_TMM_ROWS : MAX_ROWS; }
 
 // The rows [first, last) times the tiles [from, to), in blocks of about equal numbers of rows.
-static void multiply_panel(const Matrix *m, const Product *p, int first, int last, int from, int to) {
+static void multiply_panel(const Matrix *m, const Product *p, int first, int last, int from, int to, int *shaped_for) {
     const int num_blocks = ceil_div(last - first, max_rows(m));
     const int per_block = ceil_div(last - first, num_blocks);
     // All blocks of rows meet a tile while it is near; a single block goes along all tiles.
@@ -293,7 +303,7 @@ static void multiply_panel(const Matrix *m, const Product *p, int first, int las
     for (int tile = from; tile < to; tile += step)
         for (Block block = {first, 0, num_blocks}; block.row < last; block.index++, block.row += per_block) {
             const int num_rows = min_int(per_block, last - block.row);
-            if (fits_tmm(m)) multiply_tmm(m, p, block, tile, tile + step, num_rows);
+            if (fits_tmm(m)) multiply_tmm(m, p, block, tile, tile + step, num_rows, shaped_for);
             else switch (m->numbers) {
                 case FLOATS: multiply_floats(m, p, block, tile, tile + step, num_rows); break;
                 case BF16S: multiply_bf16s(m, p, block, tile, tile + step, num_rows); break;
@@ -302,13 +312,25 @@ static void multiply_panel(const Matrix *m, const Product *p, int first, int las
         }
 }
 
-INLINE int rows_per_panel(const Matrix *m) {
-    return max_int(4, PANEL_BYTES / (m->num_words * 4) / max_rows(m)) * max_rows(m);
+static int panel_bytes = 512 * 1024;  // of x, to stay in the second cache while the weight goes by: half of the cache
+
+__attribute__((constructor)) static void learn_panel_bytes(void) {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (bytes > 0) panel_bytes = (int)(bytes / 2);
+#endif
+}
+
+// About equal panels, of whole blocks of rows.
+INLINE int rows_per_panel(const Matrix *m, int num_rows) {
+    const int most = max_int(4, panel_bytes / (m->num_words * 4) / max_rows(m)) * max_rows(m);
+    const int num_blocks = ceil_div(num_rows, max_rows(m));
+    return ceil_div(num_blocks, ceil_div(num_rows, most)) * max_rows(m);
 }
 
 // Has memory fetch what this thread will read first of a weight, while there is something else to wait for.
 static void fetch_start(const Matrix *m, int num_rows, int thread) {
-    const int num_parts = num_tiles(m) * ceil_div(num_rows, rows_per_panel(m));
+    const int num_parts = num_tiles(m) * ceil_div(num_rows, rows_per_panel(m, num_rows));
     const int tile = share_start(thread, num_parts) % num_tiles(m);
     for (int byte = 0; byte < START_BYTES; byte += 64)
         __builtin_prefetch((const char *)(m->words + tile * tile_words(m)) + byte, 0, 2);
@@ -316,14 +338,14 @@ static void fetch_start(const Matrix *m, int num_rows, int thread) {
 
 // A thread's part of a product. Parts are tiles, of one panel of rows after the other.
 static void multiply_part(const Matrix *m, const Product *p, int thread) {
-    const int per_panel = rows_per_panel(m);
+    const int per_panel = rows_per_panel(m, p->num_rows);
     const int tiles = num_tiles(m), num_panels = ceil_div(p->num_rows, per_panel);
-    int from, to;
+    int from, to, shaped_for = 0;
     while (take(thread, num_panels * tiles, MAX_TILES, &from, &to))
         while (from < to) {
             const int panel = from / tiles, until = min_int(to, (panel + 1) * tiles);
             multiply_panel(m, p, panel * per_panel, min_int((panel + 1) * per_panel, p->num_rows),
-                           from - panel * tiles, until - panel * tiles);
+                           from - panel * tiles, until - panel * tiles, &shaped_for);
             from = until;
         }
     if (fits_tmm(m)) release_tmm();

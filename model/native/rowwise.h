@@ -42,13 +42,21 @@ INLINE vec round_to(vec v, int is_bf16) { return is_bf16 ? round_bf16(v) : v; }
 // Root mean square norm of one row, times the weight.
 INLINE void norm_row(const void *x, const void *weight, void *y, int64_t row, int width, float epsilon, int is_bf16) {
     const int64_t start = row * width;
-    vec squares = {0};
-    for (int i = 0; i < width; i += LANES) {
+    vec squares[4] = {{0}};  // several chains, which do not wait for each other
+    int i = 0;
+    for (; i + 4 * LANES <= width; i += 4 * LANES)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            const vec v = load_numbers(x, start + i + j * LANES, LANES, is_bf16);
+            squares[j] = multiply_add(v, v, squares[j]);
+        }
+    for (; i < width; i += LANES) {
         const vec v = load_numbers(x, start + i, width - i, is_bf16);
-        squares = multiply_add(v, v, squares);
+        squares[0] = multiply_add(v, v, squares[0]);
     }
-    const vec scale = splat(1.0f / sqrtf(sum_lanes(squares) / (float)width + epsilon));
-    for (int i = 0; i < width; i += LANES) {
+    const float sum = sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    const vec scale = splat(1.0f / sqrtf(sum / (float)width + epsilon));
+    for (i = 0; i < width; i += LANES) {
         const vec v = round_to(load_numbers(x, start + i, width - i, is_bf16) * scale, is_bf16);
         store_numbers(y, start + i, load_numbers(weight, i, width - i, is_bf16) * v, width - i, is_bf16);
     }
@@ -57,7 +65,7 @@ INLINE void norm_row(const void *x, const void *weight, void *y, int64_t row, in
 // x / (1 + e^-x), by e^-|x| on either side, which cannot overflow; where that is rounded to bfloat16, by an e^-x that may.
 INLINE vec silu(vec x, int is_bf16) {
     const vec zero = {0}, one = splat(1.0f);
-    if (is_bf16 && LANES == 16) return x / (one + exp_coarse(zero - x));
+    if (is_bf16 && LANES == 16) return x / (one + exp_coarse(minimum(splat(200.0f), zero - x)));
     const ivec is_negative = x < zero;
     const vec power = exp_nonpositive(select_lanes(is_negative, x, zero - x));
     return x * select_lanes(is_negative, power, one) / (one + power);

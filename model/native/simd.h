@@ -232,11 +232,12 @@ INLINE vec exp_nonpositive(vec x) {
     return select_lanes(is_tiny, splat(0.0f), p * power_of_two);
 }
 
-// e^x to a few millionths, for results that are rounded to bfloat16; 0 below -138; NaN stays NaN. 2^t = 2^n 2^f with n
+// e^x to a few millionths, for results that are rounded to bfloat16; 0 below -87; NaN stays NaN. 2^t = 2^n 2^f with n
 // the integer nearest to t, and a polynomial of the least relative error for 2^f, |f| <= 1/2, that is 1 at f = 0.
 INLINE vec exp_coarse(vec x) {
 #if LANES == 16
-    const __m512 t = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)(x * splat(1.44269504088896341f)));
+    const __m512 t = (__m512)(x * splat(1.44269504088896341f));
+    const __mmask16 is_tiny = _mm512_cmp_ps_mask(t, _mm512_set1_ps(-125.0f), _CMP_LT_OQ);
     const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const vec f = (vec)t - (vec)n;
     vec p = splat(9.582852944731712e-3f);
@@ -244,7 +245,7 @@ INLINE vec exp_coarse(vec x) {
     p = multiply_add(p, f, splat(0.24024099111557007f));
     p = multiply_add(p, f, splat(0.6931241750717163f));
     p = multiply_add(p, f, splat(1.0f));
-    return (vec)_mm512_scalef_ps((__m512)p, n);
+    return (vec)_mm512_mask_scalef_ps(_mm512_setzero_ps(), (__mmask16)~is_tiny, (__m512)p, n);
 #else
     return exp_nonpositive(x);
 #endif
