@@ -18,15 +18,15 @@ from model.attention.native import NativeAttention
 from model.attention.reference import ReferenceAttention
 from model.config import ModelConfig
 from model.decoder_native import NativeDecoder
-from model.inputs import StepInputs
-from model.interface import Backend, Quantization, RunnerShape
+from model.inputs import SlotTables
+from model.interface import Backend, Batch, Quantization, RunnerShape
 from model.kv_cache import GROUP, KVCache
 from model.linear import LinearPacker
 from model.native.library import Kernels, open_kernels
 from model.transformer import Logits, Transformer
 
-Forward = Callable[[StepInputs], Logits]
-"""Computes one step: logits of the wanted tokens, which the next step may overwrite."""
+Forward = Callable[[SlotTables, Batch], Logits]
+"""Computes a batch whose rows the tables have taken in: logits of the wanted tokens, which the next may overwrite."""
 
 _logger = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ def assemble(
 def step_by_step(transformer: Transformer, cache: KVCache) -> Forward:
     """The readable way: operator by operator."""
 
-    def forward(inputs: StepInputs) -> Logits:
+    def forward(tables: SlotTables, batch: Batch) -> Logits:
+        inputs = tables.build(batch.rows)
         logits_WV = transformer.forward(inputs.ids_T, inputs.positions_T, cache, inputs.plan, inputs.wanted_W)
         return Logits.of(logits_WV)
 

@@ -8,12 +8,14 @@ model/transformer.py.
 from __future__ import annotations
 
 import ctypes
+from array import array
 
 import torch
 from torch import Tensor
 
 from model.attention.base import Layout
-from model.inputs import StepInputs
+from model.inputs import SlotTables
+from model.interface import Batch
 from model.kv_cache import KVCache
 from model.linear_native import Matrix, NativeLinear
 from model.native.library import Kernels
@@ -47,6 +49,8 @@ class _Decoder(ctypes.Structure):
         ("unembedding", Matrix),
         *((name, _POINTER) for name in ("embedding", "norm", "cosines", "sines")),
         *((name, _POINTER) for name in ("x", "qkv", "mixed", "q", "activated", "tiles")),
+        *((name, _POINTER) for name in ("ids", "positions", "write_blocks", "write_offsets", "wanted")),
+        *((name, _POINTER) for name in ("query_starts", "context_lens", "slots")),
         ("rooms", ctypes.POINTER(_Room)),
         *((name, _INT) for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")),
         *((name, _INT) for name in ("block_size", "is_bf16")),
@@ -58,9 +62,8 @@ class _Step(ctypes.Structure):
     """The C struct `Step` of decoder.h, field by field."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("ids", "positions", "write_blocks", "write_offsets", "wanted")),
-        *((name, _POINTER) for name in ("query_starts", "context_lens", "block_tables")),
-        ("table_stride", ctypes.c_int64),
+        *((name, _POINTER) for name in ("rows", "tokens", "block_tables")),
+        *((name, ctypes.c_int64) for name in ("token_stride", "table_stride")),
         *((name, _INT) for name in ("num_tokens", "num_rows", "num_wanted")),
         *((name, _POINTER) for name in ("logits", "peaks", "places")),
     )
@@ -70,23 +73,27 @@ class NativeDecoder:
     """A transformer whose linears, operators and attention are the compiled ones, and its cache."""
 
     def __init__(
-        self, kernels: Kernels, transformer: Transformer, cache: KVCache, max_tokens: int, max_wanted: int
+        self, kernels: Kernels, transformer: Transformer, cache: KVCache, max_tokens: int, max_rows: int
     ) -> None:
-        """Takes steps of at most so many tokens, of which at most so many are wanted."""
+        """Takes steps of at most so many tokens in at most so many rows."""
         assert cache.layout is Layout.DOTS
         self._transformer, self._cache = transformer, cache  # the structs point into them
         config = transformer.config
-        self._max_tokens = max_tokens
+        self._max_tokens, self._max_rows = max_tokens, max_rows
         self._dtype = transformer.embedding_VE.dtype
-        most = min(max_tokens, max_wanted)
+        most = min(max_tokens, max_rows)
         self._logits = Logits(
             torch.empty(most, config.vocab_size), torch.empty(most), torch.empty(most, dtype=torch.int64)
         )
+        self._first_logits: dict[int, Logits] = {}  # of the first so many rows: a view costs as much as all the rest
+        self._logit_addresses = [tensor.data_ptr() for tensor in self._logits]
         q_size = config.num_heads * config.head_dim
         qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
         widths = (config.hidden_size, qkv_size, q_size, q_size, config.intermediate_size)
         self._between = [torch.empty(max_tokens, width, dtype=self._dtype) for width in widths]
         self._between += [torch.empty(2, max_tokens, dtype=torch.int32)]
+        self._between += [torch.empty(max_tokens, dtype=torch.int64) for _ in range(5)]
+        self._between += [torch.empty(max_rows + 1, dtype=torch.int32) for _ in range(3)]
         self._num_threads = torch.get_num_threads()
         self._prepared = [self._room(max_tokens), *(self._room(_FEW_ROWS) for _ in range(self._num_threads))]
         rooms = [_Room(*(tensor.data_ptr() for tensor in room)) for room in self._prepared]
@@ -106,23 +113,22 @@ class NativeDecoder:
         self._step.argtypes = (ctypes.POINTER(_Decoder), ctypes.POINTER(_Step), _INT)
         self._step.restype = None
 
-    def forward(self, inputs: StepInputs) -> Logits:
-        """Computes one step; the next one overwrites the logits. See Transformer.forward."""
-        plan = inputs.plan
-        num_tokens, num_wanted = len(inputs.ids_T), len(inputs.wanted_W)
-        assert 0 < num_tokens <= self._max_tokens and num_wanted <= len(self._logits.peaks_W)
-        tensors = (inputs.ids_T, inputs.positions_T, plan.write_blocks_T, plan.write_offsets_T, inputs.wanted_W)
-        assert all(tensor.dtype is torch.int64 and tensor.is_contiguous() for tensor in tensors)
-        tables = (plan.query_starts, plan.context_lens, plan.block_tables)
-        assert all(tensor.dtype is torch.int32 and tensor.is_contiguous() for tensor in tables)
+    def forward(self, tables: SlotTables, batch: Batch) -> Logits:
+        """Computes a batch; the next one overwrites the logits. See model.backend.Forward."""
+        rows = batch.rows
+        columns = array("i", [x for row in rows for x in (row.slot, row.start, row.num_tokens, row.wants_token)])
+        num_wanted = sum(columns[3::4])
+        assert 0 < batch.num_tokens <= self._max_tokens and len(rows) <= self._max_rows
         step = _Step(
-            *(tensor.data_ptr() for tensor in (*tensors, *tables)),
-            plan.block_tables.shape[1],
-            *(num_tokens, len(plan.context_lens), num_wanted),
-            *(tensor.data_ptr() for tensor in self._logits),
+            *(columns.buffer_info()[0], *tables.addresses),
+            *(tables.tokens.shape[1], tables.block_tables.shape[1]),
+            *(len(rows), batch.num_tokens, num_wanted),
+            *self._logit_addresses,
         )
         self._step(self._decoder, step, self._num_threads)
-        return Logits(*(tensor[:num_wanted] for tensor in self._logits))
+        if (logits := self._first_logits.get(num_wanted)) is None:
+            logits = self._first_logits[num_wanted] = Logits(*(tensor[:num_wanted] for tensor in self._logits))
+        return logits
 
     def _room(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Where rows lie that are about to meet a matrix: as they are, or as codes of 8 bits and their scales."""

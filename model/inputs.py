@@ -1,7 +1,8 @@
 """What the runner knows about each slot, and how a batch becomes tensors.
 
 `SlotTables` owns token ids and block tables by slot; a step's rows change only what they bring. Everything is NumPy on
-memory that torch shares, because on small arrays it costs a fraction of torch's price. It does not know the model.
+memory that torch and the kernels share, because on small arrays it costs a fraction of torch's price. It does not know
+the model.
 """
 
 from __future__ import annotations
@@ -28,9 +29,6 @@ class StepInputs:
     positions_T: Tensor
     plan: AttentionPlan
     wanted_W: Tensor
-    wanted_slots: list[int]
-    wanted_positions: list[int]
-    """The position that each drawn token will have."""
 
 
 class SlotTables:
@@ -45,20 +43,27 @@ class SlotTables:
     def __init__(self, num_slots: int, context_length: int, num_blocks: int, block_size: int) -> None:
         self._num_blocks = num_blocks
         self._block_size = block_size
-        self._tokens = np.zeros((num_slots, context_length + 1), dtype=np.int32)
-        self._tables = np.zeros((num_slots, -(-context_length // block_size)), dtype=np.int32)
-        self._num_known = np.zeros(num_slots, dtype=np.int64)
-        self._table_lengths = np.zeros(num_slots, dtype=np.int64)
-        self.tokens = torch.from_numpy(self._tokens)
-        """The same memory as a tensor, for those who only read."""
+        self.tokens = np.zeros((num_slots, context_length + 1), dtype=np.int32)
+        self.block_tables = np.zeros((num_slots, -(-context_length // block_size)), dtype=np.int32)
+        self.addresses = self.tokens.ctypes.data, self.block_tables.ctypes.data
+        self._num_known = [0] * num_slots
+        self._num_blocks_of = [0] * num_slots
 
-    def update(self, rows: Sequence[Row]) -> None:
-        """Takes in what rows bring: admissions, which empty the slot first, and new blocks."""
-        for row in rows:
+    def take_in(self, batch: Batch) -> None:
+        """Takes in what a batch's rows bring: admissions, which empty the slot first, and new blocks.
+
+        What an engine must not send is an AssertionError.
+        """
+        for row in batch.rows:
             if row.admission is not None:
                 self._admit(row.slot, row.admission.token_ids)
             if row.new_block_ids:
                 self._extend(row.slot, row.new_block_ids)
+            end = row.start + row.num_tokens
+            assert row.num_tokens > 0 and row.start >= 0, "a row computes at least one token"
+            assert end <= self._num_known[row.slot], "a row computes known tokens"
+            assert end <= self._num_blocks_of[row.slot] * self._block_size, "a row's positions have blocks"
+        assert batch.num_tokens == sum(row.num_tokens for row in batch.rows), "a batch counts its rows' tokens"
 
     def build(self, rows: Sequence[Row]) -> StepInputs:
         """Makes the tensors of a step whose rows were taken in."""
@@ -66,57 +71,45 @@ class SlotTables:
             np.array([getattr(row, name) for row in rows], dtype=np.int64) for name in ("slot", "start", "num_tokens")
         )
         ends = starts + counts
-        table_lengths = -(-ends // self._block_size)
-        assert (counts > 0).all() and (starts >= 0).all(), "a row computes at least one token"
-        assert (ends <= self._num_known[slots]).all(), "a row computes known tokens"
-        assert (table_lengths <= self._table_lengths[slots]).all(), "a row's positions have blocks"
         query_starts = np.zeros(len(rows) + 1, dtype=np.int64)
         counts.cumsum(out=query_starts[1:])
         slots_T = slots.repeat(counts)
         positions_T = np.arange(query_starts[-1]) + (starts - query_starts[:-1]).repeat(counts)
-        plan = self._plan(query_starts, ends, self._tables[slots, : table_lengths.max()], slots_T, positions_T)
+        most_blocks = -(-ends.max() // self._block_size)
+        plan = self._plan(query_starts, ends, self.block_tables[slots, :most_blocks], slots_T, positions_T)
         wanting = [index for index, row in enumerate(rows) if row.wants_token]
         return StepInputs(
-            ids_T=torch.from_numpy(self._tokens[slots_T, positions_T].astype(np.int64)),
+            ids_T=torch.from_numpy(self.tokens[slots_T, positions_T].astype(np.int64)),
             positions_T=torch.from_numpy(positions_T),
             plan=plan,
             wanted_W=torch.from_numpy(query_starts[1:][wanting] - 1),
-            wanted_slots=slots[wanting].tolist(),
-            wanted_positions=ends[wanting].tolist(),
         )
 
     def append(self, slots: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]) -> None:
         """Stores drawn tokens, each as the last known one of its slot."""
         for slot, position, token_id in zip(slots, positions, token_ids, strict=True):
-            self._tokens[slot, position] = token_id
+            self.tokens[slot, position] = token_id
             self._num_known[slot] = position + 1
 
     def _admit(self, slot: int, token_ids: Sequence[int]) -> None:
-        self._tokens[slot, : len(token_ids)] = token_ids
+        self.tokens[slot, : len(token_ids)] = token_ids
         self._num_known[slot] = len(token_ids)
-        self._table_lengths[slot] = 0
+        self._num_blocks_of[slot] = 0
 
     def _extend(self, slot: int, block_ids: Sequence[int]) -> None:
         assert min(block_ids) >= 0 and max(block_ids) < self._num_blocks, "block ids lie in the pool"
-        length = int(self._table_lengths[slot])
-        self._tables[slot, length : length + len(block_ids)] = block_ids
-        self._table_lengths[slot] = length + len(block_ids)
+        length = self._num_blocks_of[slot]
+        self.block_tables[slot, length : length + len(block_ids)] = block_ids
+        self._num_blocks_of[slot] = length + len(block_ids)
 
     def _plan(
         self, query_starts: Ints, ends: Ints, tables: npt.NDArray[np.int32], slots_T: Ints, positions_T: Ints
     ) -> AttentionPlan:
+        blocks_T = self.block_tables[slots_T, positions_T // self._block_size]
         return AttentionPlan(
             query_starts=torch.from_numpy(query_starts.astype(np.int32)),
             context_lens=torch.from_numpy(ends.astype(np.int32)),
             block_tables=torch.from_numpy(np.ascontiguousarray(tables)),
-            write_blocks_T=torch.from_numpy(self._tables[slots_T, positions_T // self._block_size].astype(np.int64)),
+            write_blocks_T=torch.from_numpy(blocks_T.astype(np.int64)),
             write_offsets_T=torch.from_numpy(positions_T % self._block_size),
         )
-
-
-def prepare(tables: SlotTables, batch: Batch) -> StepInputs:
-    """Takes in a batch's rows and makes its tensors."""
-    tables.update(batch.rows)
-    inputs = tables.build(batch.rows)
-    assert inputs.ids_T.shape[0] == batch.num_tokens, "a batch counts its rows' tokens"
-    return inputs

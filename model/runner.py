@@ -16,7 +16,7 @@ import torch
 from model.backend import Assembled, Forward, assemble, choose_kernels
 from model.config import FAMILIES, ModelConfig, load_config
 from model.families.base import TensorMap
-from model.inputs import SlotTables, prepare
+from model.inputs import SlotTables
 from model.interface import (
     Admission,
     Backend,
@@ -56,7 +56,7 @@ class TorchRunner:
         self._forward = forward
         self._shape = shape
         self._tables = SlotTables(shape.num_slots, shape.context_length, shape.num_blocks, shape.block_size)
-        self._sampler = Sampler(shape.num_slots, shape.vocab_size, self._tables.tokens)
+        self._sampler = Sampler(shape.num_slots, shape.vocab_size, torch.from_numpy(self._tables.tokens))
 
     @property
     def shape(self) -> RunnerShape:
@@ -66,15 +66,17 @@ class TorchRunner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Pending:
         """Computes a step. Tokens that it draws are known to their slots at once; rows need not bring them back."""
-        inputs = prepare(self._tables, batch)
+        self._tables.take_in(batch)
         for row in batch.rows:
             if row.admission is not None:
                 self._sampler.admit(row.slot, row.admission)
-        logits = self._forward(inputs)
-        if not inputs.wanted_slots:
+        logits = self._forward(self._tables, batch)
+        wanting = [row for row in batch.rows if row.wants_token]
+        if not wanting:
             return Done(Sampled())
-        sampled = self._sampler.sample(logits, inputs.wanted_slots, inputs.wanted_positions)
-        self._tables.append(inputs.wanted_slots, inputs.wanted_positions, sampled.token_ids)
+        slots, positions = [row.slot for row in wanting], [row.start + row.num_tokens for row in wanting]
+        sampled = self._sampler.sample(logits, slots, positions)
+        self._tables.append(slots, positions, sampled.token_ids)
         return Done(sampled)
 
 

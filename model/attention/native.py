@@ -23,7 +23,7 @@ class _Attention(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k_cache", "v_cache", "out")),
-        *((name, ctypes.c_void_p) for name in ("query_starts", "context_lens", "block_tables")),
+        *((name, ctypes.c_void_p) for name in ("query_starts", "context_lens", "block_tables", "slots")),
         *((name, ctypes.c_void_p) for name in ("tile_rows", "tile_firsts")),
         ("table_stride", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("num_rows", "num_heads", "num_kv_heads", "head_dim", "block_size")),
@@ -56,7 +56,9 @@ class NativeAttention:
         tiles = torch.empty(2, max(1, num_tokens), dtype=torch.int32)
         work = _Attention(
             *(tensor.data_ptr() for tensor in (q_THD, k_cache, v_cache, out_THD)),
-            *(tensor.data_ptr() for tensor in (plan.query_starts, plan.context_lens, plan.block_tables, *tiles)),
+            *(tensor.data_ptr() for tensor in (plan.query_starts, plan.context_lens, plan.block_tables)),
+            None,
+            *(tensor.data_ptr() for tensor in tiles),
             plan.block_tables.shape[1],
             *(plan.context_lens.shape[0], num_heads, num_kv_heads, head_dim, block_size),
             scale,

@@ -41,6 +41,7 @@ typedef struct {
     const void *q, *k_cache, *v_cache;
     void *out;
     const int32_t *query_starts, *context_lens, *block_tables;
+    const int32_t *slots;                  // [num_rows]: which block table is a row's; NULL where row r has table r
     int32_t *tile_rows, *tile_firsts;  // [num_tokens]: see list_tiles
     int64_t table_stride;
     int num_rows, num_heads, num_kv_heads, head_dim, block_size;
@@ -485,7 +486,7 @@ INLINE Item make_item(const Attention *a, int i) {
     const int tile = i / per_tile, kv_head = i % per_tile / cut.head_parts, part = i % cut.head_parts;
     const int row = a->tile_rows[tile], first_token = a->tile_firsts[tile], end = a->query_starts[row + 1];
     return (Item){
-        .block_table = a->block_tables + row * a->table_stride,
+        .block_table = a->block_tables + (a->slots == NULL ? row : a->slots[row]) * a->table_stride,
         .first_token = first_token,
         .num_tokens = min_int(cut.tokens, end - first_token),
         .first_head = kv_head * cut.group + part * cut.heads,

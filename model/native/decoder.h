@@ -21,6 +21,13 @@ typedef struct {
     float *code_scales;  // [rows]
 } Room;
 
+// A step, token by token and row by row. Shapes as in model/inputs.py.
+typedef struct {
+    int64_t *ids, *positions, *write_blocks, *write_offsets;  // [T]
+    int64_t *wanted;                                          // [W], ascending
+    int32_t *query_starts, *context_lens, *slots;             // [rows + 1], [rows], [rows]
+} Plan;
+
 // A model, and the room that a step of at most so many tokens works in.
 typedef struct {
     const Layer *layers;
@@ -30,21 +37,26 @@ typedef struct {
     void *x, *qkv, *mixed;         // [T][E], [T][heads and 2 kv heads][head_dim], [T][heads][head_dim]
     void *q, *activated;           // [T][heads][head_dim], [T][F]
     int32_t *tiles;                // [2][T]
+    Plan plan;
     const Room *rooms;             // one of T rows for all, and one of FEW_ROWS for each thread
     int num_layers, hidden_size, num_heads, num_kv_heads, head_dim, block_size, is_bf16;
     float epsilon, scale;
 } Decoder;
 
-// One step. Shapes as in model/inputs.py.
+// One row of a step, as in model/interface.py.
 typedef struct {
-    const int64_t *ids, *positions, *write_blocks, *write_offsets;  // [T]
-    const int64_t *wanted;                                          // [W], ascending
-    const int32_t *query_starts, *context_lens, *block_tables;
-    int64_t table_stride;
-    int num_tokens, num_rows, num_wanted;
-    float *logits;   // [W][V]
-    float *peaks;    // [W]: the largest logit of each row
-    int64_t *places; // [W]: and the first token that has it
+    int32_t slot, start, num_tokens, wants_token;
+} Row;
+
+// One step, and the tables by slot of model/inputs.py.
+typedef struct {
+    const Row *rows;
+    const int32_t *tokens, *block_tables;  // [slots][stride]
+    int64_t token_stride, table_stride;
+    int num_rows, num_tokens, num_wanted;
+    float *logits;    // [W][V]
+    float *peaks;     // [W]: the largest logit of each row
+    int64_t *places;  // [W]: and the first token that has it
 } Step;
 
 typedef struct {
@@ -53,6 +65,28 @@ typedef struct {
     Attention attention;  // of the layer at hand but for its caches
     int num_items;
 } Forward;
+
+// Writes a step's rows out token by token; SlotTables.build in model/inputs.py tells it in NumPy.
+static void lay_out(const Decoder *d, const Step *s) {
+    const Plan *p = &d->plan;
+    int token = 0, num_wanted = 0;
+    p->query_starts[0] = 0;
+    for (int r = 0; r < s->num_rows; r++) {
+        const Row row = s->rows[r];
+        const int32_t *tokens = s->tokens + row.slot * s->token_stride;
+        const int32_t *block_table = s->block_tables + row.slot * s->table_stride;
+        for (int position = row.start; position < row.start + row.num_tokens; position++, token++) {
+            p->ids[token] = tokens[position];
+            p->positions[token] = position;
+            p->write_blocks[token] = block_table[position / d->block_size];
+            p->write_offsets[token] = position % d->block_size;
+        }
+        p->slots[r] = row.slot;
+        p->query_starts[r + 1] = token;
+        p->context_lens[r] = row.start + row.num_tokens;
+        if (row.wants_token) p->wanted[num_wanted++] = token - 1;
+    }
+}
 
 // Runs `body` for the rows that this thread takes, as `row`, and meets the others.
 #define SHARE_ROWS(thread, count, body)                                \
@@ -99,9 +133,9 @@ INLINE const void *norm_rows(const Decoder *d, const void *weight, int num_rows,
 }
 
 // The rows of wanted tokens move to the front; nothing behind the last keys and values reads the others.
-INLINE void keep_wanted(const Step *s, void *rows, int64_t row_bytes) {
-    for (int i = 0; i < s->num_wanted; i++)
-        if (s->wanted[i] != i) memmove((char *)rows + i * row_bytes, (char *)rows + s->wanted[i] * row_bytes, row_bytes);
+INLINE void keep_wanted(const int64_t *wanted, int num_wanted, void *rows, int64_t row_bytes) {
+    for (int i = 0; i < num_wanted; i++)
+        if (wanted[i] != i) memmove((char *)rows + i * row_bytes, (char *)rows + wanted[i] * row_bytes, row_bytes);
 }
 
 INLINE void attend_items(Scratch *scratch, const Attention *a, int num_items, int thread, int is_bf16) {
@@ -126,8 +160,8 @@ INLINE int run_layer(const Forward *f, int index, Scratch *scratch, int thread, 
     const void *normed = norm_rows(d, layer->norm1, num_tokens, thread, is_bf16);
     apply(d, &layer->qkv, normed, NULL, d->qkv, num_tokens, d->hidden_size, &layer->o, thread, is_bf16, is_bf16);
     const Rotation rotation = {
-        .qkv = d->qkv, .cosines = d->cosines, .sines = d->sines, .positions = s->positions, .q = d->q,
-        .k_cache = layer->k_cache, .v_cache = layer->v_cache, .blocks = s->write_blocks, .offsets = s->write_offsets,
+        .qkv = d->qkv, .cosines = d->cosines, .sines = d->sines, .positions = d->plan.positions, .q = d->q,
+        .k_cache = layer->k_cache, .v_cache = layer->v_cache, .blocks = d->plan.write_blocks, .offsets = d->plan.write_offsets,
         .num_tokens = num_tokens, .num_heads = d->num_heads, .num_kv_heads = d->num_kv_heads,
         .head_dim = d->head_dim, .block_size = d->block_size};
     Attention attention = f->attention;
@@ -139,8 +173,8 @@ INLINE int run_layer(const Forward *f, int index, Scratch *scratch, int thread, 
     const int num_left = is_last ? s->num_wanted : num_tokens;
     if (num_left < num_tokens) {
         if (thread == 0) {
-            keep_wanted(s, d->mixed, (int64_t)q_size * bytes);
-            keep_wanted(s, d->x, (int64_t)d->hidden_size * bytes);
+            keep_wanted(d->plan.wanted, num_left, d->mixed, (int64_t)q_size * bytes);
+            keep_wanted(d->plan.wanted, num_left, d->x, (int64_t)d->hidden_size * bytes);
         }
         meet();
     }
@@ -159,7 +193,7 @@ INLINE void run_step(const Forward *f, int thread, int is_bf16) {
     const int64_t row_bytes = (int64_t)d->hidden_size * (is_bf16 ? 2 : 4);
     Scratch scratch;
     SHARE_ROWS(thread, f->step->num_tokens,
-               memcpy((char *)d->x + row * row_bytes, (const char *)d->embedding + f->step->ids[row] * row_bytes,
+               memcpy((char *)d->x + row * row_bytes, (const char *)d->embedding + d->plan.ids[row] * row_bytes,
                       row_bytes));
     int num_left = f->step->num_tokens;
     for (int layer = 0; layer < d->num_layers; layer++) num_left = run_layer(f, layer, &scratch, thread, is_bf16);

@@ -110,15 +110,17 @@ EXPORTED void quire_attend(const Attention *a, int is_bf16, int num_threads) {
 // ---- a whole step ----
 
 EXPORTED void quire_step(const Decoder *d, const Step *s, int num_threads) {
+    const Plan *p = &d->plan;
     Forward f = {
         .decoder = d,
         .step = s,
-        .attention = {.q = d->q, .out = d->mixed, .query_starts = s->query_starts, .context_lens = s->context_lens,
-                      .block_tables = s->block_tables, .tile_rows = d->tiles, .tile_firsts = d->tiles + s->num_tokens,
-                      .table_stride = s->table_stride, .num_rows = s->num_rows, .num_heads = d->num_heads,
-                      .num_kv_heads = d->num_kv_heads, .head_dim = d->head_dim, .block_size = d->block_size,
-                      .scale = d->scale},
+        .attention = {.q = d->q, .out = d->mixed, .query_starts = p->query_starts, .context_lens = p->context_lens,
+                      .block_tables = s->block_tables, .slots = p->slots, .tile_rows = d->tiles,
+                      .tile_firsts = d->tiles + s->num_tokens, .table_stride = s->table_stride,
+                      .num_rows = s->num_rows, .num_heads = d->num_heads, .num_kv_heads = d->num_kv_heads,
+                      .head_dim = d->head_dim, .block_size = d->block_size, .scale = d->scale},
     };
+    lay_out(d, s);
     f.num_items = num_items(&f.attention, list_tiles(&f.attention));
     const Layer *layer = d->layers;
     const int64_t of_layer = effort(&layer->qkv, s->num_tokens) + effort(&layer->gate_up, s->num_tokens);
@@ -127,6 +129,13 @@ EXPORTED void quire_step(const Decoder *d, const Step *s, int num_threads) {
 
 // Asks the system for what this level needs; 0 where it refuses. To be called before any work.
 EXPORTED int quire_permit(void) { return permit_tmm(); }
+
+// The sizes of the structs that callers fill in.
+EXPORTED int quire_struct_size(int index) {
+    const size_t sizes[] = {sizeof(Matrix), sizeof(Attention), sizeof(Rotation), sizeof(Layer), sizeof(Room),
+                            sizeof(Decoder), sizeof(Row), sizeof(Step)};
+    return (int)sizes[index];
+}
 
 // What this library was built from; the loader refuses a library that does not match its sources.
 EXPORTED const char *quire_source_digest(void) { return QUIRE_SOURCE_DIGEST; }

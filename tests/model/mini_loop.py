@@ -12,7 +12,7 @@ from torch import Tensor
 from model.backend import assemble, choose_kernels, step_by_step
 from model.config import FAMILIES, load_config
 from model.decoder_native import NativeDecoder
-from model.inputs import SlotTables, prepare
+from model.inputs import SlotTables
 from model.interface import Admission, Backend, Batch, Quantization, Row, RunnerShape, Sampling
 from model.transformer import Logits
 from model.weights import load_weights
@@ -62,7 +62,9 @@ class MiniLoop:
     @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> Logits:
         """Computes a step; the next one may overwrite what this returns."""
-        return self._forward(prepare(self.tables, Batch(rows, sum(row.num_tokens for row in rows))))
+        batch = Batch(rows, sum(row.num_tokens for row in rows))
+        self.tables.take_in(batch)
+        return self._forward(self.tables, batch)
 
     def step(self, rows: Sequence[Row]) -> Tensor:
         """Logits of the rows that want a token."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from model.inputs import SlotTables, prepare
+from model.inputs import SlotTables, StepInputs
 from model.interface import Admission, Batch, Row, Sampling
 
 CONTEXT, BLOCK_SIZE, NUM_BLOCKS = 40, 4, 99
@@ -26,6 +26,11 @@ def batch(*rows: Row) -> Batch:
     return Batch(rows, sum(row.num_tokens for row in rows))
 
 
+def prepare(t: SlotTables, b: Batch) -> StepInputs:
+    t.take_in(b)
+    return t.build(b.rows)
+
+
 def test_a_ragged_step() -> None:
     t = tables()
     prepare(t, batch(admitted(2, range(100, 109), 7, [5, 6])))
@@ -39,7 +44,6 @@ def test_a_ragged_step() -> None:
     assert step.plan.write_blocks_T.tolist() == [6, 9, 4, 4]
     assert step.plan.write_offsets_T.tolist() == [3, 0, 0, 1]
     assert step.wanted_W.tolist() == [1]
-    assert (step.wanted_slots, step.wanted_positions) == ([2], [9])
 
 
 def test_types_are_what_backends_take() -> None:
@@ -64,9 +68,9 @@ def test_drawn_tokens_feed_the_next_row() -> None:
 
 def test_a_token_at_the_end_of_the_context_is_kept() -> None:
     t = tables()
-    step = prepare(t, batch(admitted(0, range(CONTEXT), CONTEXT, range(10), wants=True)))
-    t.append(step.wanted_slots, step.wanted_positions, [7])
-    assert t.tokens[0, CONTEXT].item() == 7
+    prepare(t, batch(admitted(0, range(CONTEXT), CONTEXT, range(10), wants=True)))
+    t.append([0], [CONTEXT], [7])
+    assert t.tokens[0, CONTEXT] == 7
 
 
 def test_an_admission_empties_the_slot() -> None:
@@ -80,7 +84,6 @@ def test_an_admission_empties_the_slot() -> None:
 def test_a_step_that_wants_nothing() -> None:
     step = prepare(tables(), batch(admitted(0, range(9), 4, [1])))
     assert step.wanted_W.shape == (0,)
-    assert step.wanted_slots == []
 
 
 @pytest.mark.parametrize(
@@ -143,9 +146,10 @@ def test_random_steps_against_lists(seed: int) -> None:
         for index, row in enumerate(rows):
             assert step.plan.block_tables[index, : len(blocks[row.slot])].tolist() == blocks[row.slot]
         wanting = [row for row in rows if row.wants_token]
-        assert step.wanted_slots == [row.slot for row in wanting]
+        lasts = [place for place, (slot, p) in enumerate(places) if p == computed[slot] - 1]
+        assert step.wanted_W.tolist() == [place for place in lasts if places[place][0] in {row.slot for row in wanting}]
         drawn = [rng.randrange(1000) for _ in wanting]
-        t.append(step.wanted_slots, step.wanted_positions, drawn)
+        t.append([row.slot for row in wanting], [row.start + row.num_tokens for row in wanting], drawn)
         for row, token in zip(wanting, drawn, strict=True):
             if len(known[row.slot]) < CONTEXT and rng.random() < 0.8:
                 known[row.slot].append(token)
