@@ -23,8 +23,8 @@ from service.metrics import RequestMetrics
 from service.output import Delta, Mailbox, TextStream
 from service.text.tokenizer import Tokenizer
 
-DELTA_SECONDS = 0.02
-DELTA_SECONDS_PER_STREAM = 0.001
+DELTA_SECONDS = 0.04
+DELTA_SECONDS_PER_STREAM = 0.002
 LONG_DELTA_SECONDS = 0.1
 
 

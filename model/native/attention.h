@@ -91,17 +91,19 @@ INLINE void write_value(char *head, int offset, const void *value, int head_dim,
     }
 }
 
-// Has memory fetch where a token's key and value will go, unless the token before it goes to the same lines.
-INLINE void fetch_places(const Rotation *r, int64_t token, int is_bf16) {
+// Has memory fetch where a token's key and value of one head will go.
+INLINE void fetch_place(const Rotation *r, int64_t token, int kv_head, int is_bf16) {
     const int dim = r->head_dim, bytes = is_bf16 ? 2 : 4, offset = (int)r->offsets[token];
-    if (r->blocks[token] == r->blocks[token - 1] && offset / GROUP == (int)r->offsets[token - 1] / GROUP) return;
-    for (int head = 0; head < r->num_kv_heads; head++) {
-        const int64_t start = head_offset(r->blocks[token], head, r->num_kv_heads, r->block_size, dim, is_bf16);
-        const char *group = (const char *)r->k_cache + start + offset / GROUP * GROUP * dim * bytes;
-        for (int byte = 0; byte < GROUP * dim * bytes; byte += 64) __builtin_prefetch(group + byte, 1);
-        const char *value = (const char *)r->v_cache + start + (is_bf16 ? offset / 2 : offset) * dim * 4;
-        for (int byte = 0; byte < dim * 4; byte += 64) __builtin_prefetch(value + byte, 1);
-    }
+    const int64_t start = head_offset(r->blocks[token], kv_head, r->num_kv_heads, r->block_size, dim, is_bf16);
+    const char *group = (const char *)r->k_cache + start + offset / GROUP * GROUP * dim * bytes;
+    for (int byte = 0; byte < GROUP * dim * bytes; byte += 64) __builtin_prefetch(group + byte, 1);
+    const char *value = (const char *)r->v_cache + start + (is_bf16 ? offset / 2 : offset) * dim * 4;
+    for (int byte = 0; byte < dim * 4; byte += 64) __builtin_prefetch(value + byte, 1);
+}
+
+// Whether a token's key goes to the same lines of memory as the one before.
+INLINE int joins_group(const Rotation *r, int64_t token) {
+    return r->blocks[token] == r->blocks[token - 1] && r->offsets[token] / GROUP == r->offsets[token - 1] / GROUP;
 }
 
 // Whether the next token of the step is not the next position of this one's block.
@@ -110,23 +112,29 @@ INLINE int is_last_written(const Rotation *r, int64_t token) {
            r->offsets[token + 1] != r->offsets[token] + 1;
 }
 
-// Rotates one token's queries and key; key and value go to the cache.
-INLINE void rotate_token(const Rotation *r, int64_t token, int is_bf16) {
+// Rotates some of a token's queries, and the key of one head; that key and its value go to the cache.
+INLINE void rotate_heads(const Rotation *r, int64_t token, int first_head, int num_heads, int kv_head, int is_bf16) {
     const int heads = r->num_heads, kv_heads = r->num_kv_heads, dim = r->head_dim, bytes = is_bf16 ? 2 : 4;
     const int64_t place = r->positions == NULL ? token : r->positions[token];
     const float *cosines = r->cosines + place * dim, *sines = r->sines + place * dim;
     const int64_t from = token * (heads + 2 * kv_heads) * dim;
     const int offset = (int)r->offsets[token], is_last = is_last_written(r, token);
-    if (token + 1 < r->num_tokens) fetch_places(r, token + 1, is_bf16);
-    for (int head = 0; head < heads; head++)
+    for (int head = first_head; head < first_head + num_heads; head++)
         rotate_head(r->qkv, from + head * dim, r->q, (token * heads + head) * dim, cosines, sines, dim, is_bf16);
-    for (int head = 0; head < kv_heads; head++) {
-        const int64_t start = head_offset(r->blocks[token], head, kv_heads, r->block_size, dim, is_bf16);
-        const int64_t key = from + (heads + head) * dim, value = from + (heads + kv_heads + head) * dim;
-        float rotated[MAX_HEAD_DIM];
-        rotate_head(r->qkv, key, rotated, 0, cosines, sines, dim, is_bf16);
-        write_key((char *)r->k_cache + start, offset, rotated, dim, is_bf16);
-        write_value((char *)r->v_cache + start, offset, (const char *)r->qkv + value * bytes, dim, is_bf16, is_last);
+    const int64_t start = head_offset(r->blocks[token], kv_head, kv_heads, r->block_size, dim, is_bf16);
+    const int64_t key = from + (heads + kv_head) * dim, value = from + (heads + kv_heads + kv_head) * dim;
+    float rotated[MAX_HEAD_DIM];
+    rotate_head(r->qkv, key, rotated, 0, cosines, sines, dim, is_bf16);
+    write_key((char *)r->k_cache + start, offset, rotated, dim, is_bf16);
+    write_value((char *)r->v_cache + start, offset, (const char *)r->qkv + value * bytes, dim, is_bf16, is_last);
+}
+
+INLINE void rotate_token(const Rotation *r, int64_t token, int is_bf16) {
+    const int group = r->num_heads / r->num_kv_heads;
+    const int fetches_next = token + 1 < r->num_tokens && !joins_group(r, token + 1);
+    for (int head = 0; head < r->num_kv_heads; head++) {
+        if (fetches_next) fetch_place(r, token + 1, head, is_bf16);
+        rotate_heads(r, token, head * group, group, head, is_bf16);
     }
 }
 

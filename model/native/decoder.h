@@ -138,11 +138,22 @@ INLINE void keep_wanted(const int64_t *wanted, int num_wanted, void *rows, int64
         if (wanted[i] != i) memmove((char *)rows + i * row_bytes, (char *)rows + wanted[i] * row_bytes, row_bytes);
 }
 
-INLINE void attend_items(Scratch *scratch, const Attention *a, int num_items, int thread, int is_bf16) {
+// Whether each item is all that sees its token's key: then it can rotate it itself, and nobody has to meet in between.
+INLINE int rotates_in_items(const Attention *a, int num_tokens) {
+    return num_tokens == a->num_rows && cut_heads(a).head_parts == 1;
+}
+
+// `rotation` is given where items rotate for themselves.
+INLINE void attend_items(Scratch *scratch, const Attention *a, const Rotation *rotation, int num_items, int thread,
+                         int is_bf16) {
     int from, to;
     while (take(thread, num_items, 1, &from, &to))
         for (int i = from; i < to; i++) {
             const Item item = make_item(a, i), next = make_item(a, min_int(i + 1, num_items - 1));
+            if (rotation != NULL) {
+                fetch_place(rotation, next.first_token, next.kv_head, is_bf16);
+                rotate_heads(rotation, item.first_token, item.first_head, item.num_heads, item.kv_head, is_bf16);
+            }
             fetch_item(a, &next, is_bf16);
             attend_item(scratch, a, &item, is_bf16);
         }
@@ -168,8 +179,9 @@ INLINE int run_layer(const Forward *f, int index, Scratch *scratch, int thread, 
     attention.k_cache = layer->k_cache, attention.v_cache = layer->v_cache;
     const Item item = make_item(&attention, min_int(share_start(thread, f->num_items), f->num_items - 1));
     fetch_item(&attention, &item, is_bf16);
-    SHARE_ROWS(thread, num_tokens, rotate_token(&rotation, row, is_bf16));
-    attend_items(scratch, &attention, f->num_items, thread, is_bf16);
+    const int rotates_first = !rotates_in_items(&attention, num_tokens);
+    if (rotates_first) SHARE_ROWS(thread, num_tokens, rotate_token(&rotation, row, is_bf16));
+    attend_items(scratch, &attention, rotates_first ? NULL : &rotation, f->num_items, thread, is_bf16);
     const int num_left = is_last ? s->num_wanted : num_tokens;
     if (num_left < num_tokens) {
         if (thread == 0) {

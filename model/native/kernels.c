@@ -98,8 +98,8 @@ typedef struct {
 static void attention_work(void *work, int thread) {
     AttentionWork *w = work;
     Scratch scratch;
-    if (w->is_bf16) attend_items(&scratch, w->attention, w->num_items, thread, 1);
-    else attend_items(&scratch, w->attention, w->num_items, thread, 0);
+    if (w->is_bf16) attend_items(&scratch, w->attention, NULL, w->num_items, thread, 1);
+    else attend_items(&scratch, w->attention, NULL, w->num_items, thread, 0);
 }
 
 EXPORTED void quire_attend(const Attention *a, int is_bf16, int num_threads) {
