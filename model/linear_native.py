@@ -14,10 +14,13 @@ from torch import Tensor
 
 from model.huge_pages import HugePages
 from model.native.library import Kernels
-from model.quantize import encode
+from model.quantize import Coded, encode
 
 WORD_BYTES = 4
+MAX_CODED_INPUTS = (2**31 - 1) // (255 * 127)
+"""Products of codes, one of them up to 255 where it is kept with 128 added, are summed in 32 bits."""
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
+ROWS_AT_ONCE = 4096
 
 
 class Numbers(IntEnum):
@@ -76,12 +79,14 @@ class NativeLinear:
         self._linears = linears
         self._result_dtype = torch.float32 if keeps_float32 else linears.dtype
         num_outputs, self._num_inputs = weight_OI.shape
+        if linears.has_codes and self._num_inputs > MAX_CODED_INPUTS:
+            raise ValueError(f"8-bit codes are summed over {MAX_CODED_INPUTS} inputs at most, not {self._num_inputs}")
         half = linears.tile // 2 if is_gated else None
         self._bias = _in_tiles(weight_OI.new_zeros(num_outputs) if bias_O is None else bias_O, linears.tile, half)
         self._bias = self._bias.float()
         self._scales = self._offsets = None
         if linears.has_codes:
-            codes_OI, scales_O = encode(weight_OI)
+            codes_OI, scales_O = _encode_in_parts(weight_OI)
             rows_OI = _in_tiles(codes_OI, linears.tile, half)
             self._scales = _in_tiles(scales_O, linears.tile, half)
             sums_O = codes_OI.sum(1, dtype=torch.int32)
@@ -124,6 +129,12 @@ class NativeLinear:
 
 
 _NUMBERS = {torch.float32: Numbers.FLOATS, torch.bfloat16: Numbers.BF16S}
+
+
+def _encode_in_parts(weight_OI: Tensor) -> Coded:
+    """Codes of some rows at a time, which are not in need of each other: on the way they take four bytes a number."""
+    parts = [encode(part) for part in weight_OI.split(ROWS_AT_ONCE)]
+    return Coded(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]))
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -51,7 +51,7 @@ class Settings(BaseModel):
     """What computes: the compiled kernels, or torch, slowly; auto is the kernels where they were built."""
     cpu_level: Literal["auto", "v4_amx", "v4_bf16", "v4_vnni", "v4", "v3", "baseline"] = "auto"
     """Instruction set of the kernels; auto is this CPU's best one. Machines at one level give equal logits."""
-    threads: int | None = Field(None, ge=1, le=1024)
+    threads: int | None = Field(None, ge=1, le=255)
     """Compute threads; default: the CPUs this process may use, one less where there are four or more."""
     pin_threads: Literal["auto", "on", "off"] = "auto"
     """Tie compute threads to CPUs; auto does where there are four or more, and no quota."""

@@ -20,7 +20,8 @@
 // query keeps a running maximum, a running sum, and its output so far, all float32; bfloat16 values are weighed with
 // weights rounded to bfloat16. A promise: key tiles start at multiples of KEY_TILE of the sequence's own positions, and
 // each query goes through the same operations in the same order, whether its neighbours in registers are there or not;
-// what it must not see has weight zero and changes no bit. Another instruction set may give other last bits.
+// what it must not see has weight zero and changes no bit as long as it is finite. (A sequence with a value that is not
+// ends as a whole; the values of others are not read.) Another instruction set may give other last bits.
 #pragma once
 
 #include "amx.h"
@@ -167,7 +168,7 @@ INLINE vec dot_words(uvec a, uvec b, vec c, int is_bf16) {
     return multiply_add(second_bf16(a), second_bf16(b), multiply_add(first_bf16(a), first_bf16(b), c));
 }
 
-// Vector j of the word that starts at `words` in the first group of a tile whose groups lie at `groups`.
+// Vector j of a word of the key tile whose groups lie at `groups`.
 INLINE uvec load_keys(const char *const groups[], int64_t word, int j) {
     const int lane = j * LANES;
     return load_words(groups[lane / GROUP] + 4 * (word * GROUP + lane % GROUP));

@@ -1,7 +1,8 @@
 // The few vector operations that the kernels need, at the width of the instruction set they are compiled for.
 //
-// Every operation is exact or correctly rounded lane by lane, and multiply-add is fused or not by decision, never by
-// the optimiser (the build forbids contraction): a number depends on its operands only, not on the loop it stands in.
+// Every operation goes lane by lane, and multiply-add is fused or not by decision, never by the optimiser (the build
+// forbids contraction): a number depends on its operands only, not on the loop it stands in. All are exact or correctly
+// rounded but for the exponentials, and instructions on bfloat16, which take numbers below 2^-126 for zero.
 // Needs GCC or clang vector extensions and a little-endian machine. Knows nothing about attention.
 #pragma once
 

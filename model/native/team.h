@@ -150,8 +150,8 @@ static void *work_on(void *argument) {
     unsigned job = 0;
     stay_on_cpu(thread);
     for (;;) {
-        changes_within(&team.job, job, IDLE_PATIENCE);
-        job = sleep_until_changed(&team.job, job);
+        if (!changes_within(&team.job, job, IDLE_PATIENCE)) sleep_until_changed(&team.job, job);
+        job = atomic_load(&team.job.value);
         if (thread >= (int)(job & 0xff)) continue;
         team.part(team.work, thread);
         meet();

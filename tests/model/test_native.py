@@ -18,6 +18,11 @@ CPUS = [
     (SERVER + " avx512_vnni\n", ["v4_vnni", "v4", "v3", "baseline"]),
     (SERVER + " avx512_bf16 avx512_vnni\n", ["v4_bf16", "v4_vnni", "v4", "v3", "baseline"]),
     (SERVER + " avx512_bf16\n", ["v4", "v3", "baseline"]),
+    (
+        SERVER + " avx512_bf16 avx512_vnni amx_bf16 amx_tile amx_int8\n",
+        ["v4_amx", "v4_bf16", "v4_vnni", "v4", "v3", "baseline"],
+    ),
+    (SERVER + " avx512_bf16 avx512_vnni amx_tile amx_int8\n", ["v4_bf16", "v4_vnni", "v4", "v3", "baseline"]),
     ("Features\t: fp asimd\n", ["baseline"]),
     ("flags\t: fpu sse2\nflags\t: avx2\n", ["baseline"]),
 ]
