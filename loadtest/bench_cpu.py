@@ -1,7 +1,7 @@
 """Quire and its peers on the same work on a CPU, alternating: who is faster, by how much, and how far from the limit.
 
     python -m loadtest.bench_cpu --models DIR [--model M] [--work W1 W2/8 W2/32 W2/64 W3 W5] [--precisions bf16 int8]
-        [--engines quire quire-grpc llamacpp openvino] [--rounds 3] [--out FILE]
+        [--engines quire quire-grpc llamacpp openvino] [--rounds 3] [--tries 3] [--threads N] [--out FILE]
     python -m loadtest.bench_cpu --table FILE
 
 Each round runs every engine on every piece of work, one after the other, each in a process of its own (loadtest/peers).
@@ -27,11 +27,10 @@ from typing import Any
 from loadtest.cpu_table import OURS, OURS_THROUGH_GRPC, Cell, Measurement, as_markdown, rows_of
 from loadtest.limits import Limits, measure_all
 from loadtest.machine import OUT, ROOT, TOLERATED_SHARE, cpu_times, describe, others_share
-from loadtest.peers.runner import PRECISIONS
+from loadtest.peers.runner import PRECISIONS, WORK
 from loadtest.peers.works import DEFAULT_BATCH, works_of
 from loadtest.roofline import MachineRates, ModelCost, least_figures, least_time
 
-WORK = ROOT / "loadtest" / "peers" / "work"
 RUN_SECONDS = 600.0
 QUIET_SECONDS = 30.0
 """How long to wait for others to leave the machine before a run."""

@@ -3,7 +3,8 @@
     python -m loadtest.limits [--threads 1 2]
 
 Compiles limits.c for this machine. Memory and the last level of the cache are read in large and small pieces;
-operations are those of the dot-product instructions on registers alone, which no kernel can exceed. Each figure is the
+operations are those of the dot-product instructions, of tile registers where there are some, on registers alone, which
+no kernel can exceed. Each figure is the
 best of several tries: others on the machine only ever take away. The last line is one JSON document.
 """
 
@@ -25,12 +26,12 @@ SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fopenmp")
 MEASURES = {
     "memory_bytes_per_second": ("read", "1024"),
-    "l3_bytes_per_second": ("read", "12"),
+    "l3_bytes_per_second": ("read", "L3"),
     "bf16_flops": ("bf16",),
     "fp32_flops": ("fp32",),
     "int8_ops": ("int8",),
 }
-"""How each limit is asked of the compiled program, before the number of threads."""
+"""How each limit is asked of the compiled program, before the number of threads; L3 stands for half of that cache."""
 
 L3_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
@@ -66,8 +67,11 @@ def measure_all(threads: Sequence[int]) -> dict[int, Limits]:
 
 def measure(program: Path, threads: int) -> Limits:
     """The limits with a number of threads; None for an instruction that the machine lacks."""
-    found = {name: run(program, *words, str(threads)) for name, words in MEASURES.items()}
-    return found | {"l3_bytes": l3_bytes()}
+    size = l3_bytes()
+    half = str(max(1, int((size or 0) / 2**21)))
+    measures = {name: [half if word == "L3" else word for word in words] for name, words in MEASURES.items()}
+    found = {name: run(program, *words, str(threads)) for name, words in measures.items()}
+    return found | {"l3_bytes": size} | ({} if size else {"l3_bytes_per_second": None})
 
 
 def l3_bytes() -> float | None:

@@ -2,7 +2,8 @@
 
 A model's products read every weight once a step and do two operations per weight and token; attention reads the keys
 and values of a token's context and does four operations per element of its query and position. Nothing else is counted,
-and reading and computing are taken to overlap entirely, so that no engine can be faster.
+and reading and computing are taken to overlap entirely, among the requests of a batch over the whole workload, so that
+no engine can be faster.
 """
 
 from __future__ import annotations
@@ -69,10 +70,27 @@ class MachineRates:
 
 @dataclass(frozen=True, slots=True)
 class LeastTime:
-    """Seconds of a workload's prompts, and of the tokens after each one's first."""
+    """Seconds of computing and of reading, for a workload's prompts and for the tokens after each one's first."""
 
-    prefill_seconds: float
-    decode_seconds: float
+    prefill_computing: float
+    prefill_reading: float
+    decode_computing: float
+    decode_reading: float
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Of the prompts alone."""
+        return max(self.prefill_computing, self.prefill_reading)
+
+    @property
+    def decode_seconds(self) -> float:
+        """Of the tokens after the first alone."""
+        return max(self.decode_computing, self.decode_reading)
+
+    @property
+    def seconds(self) -> float:
+        """Of both, where prompts are computed while others decode."""
+        return max(self.prefill_computing + self.decode_computing, self.prefill_reading + self.decode_reading)
 
 
 def least_time(cost: ModelCost, rates: MachineRates, precision: str, works: Sequence[Work]) -> LeastTime:
@@ -89,7 +107,7 @@ def least_time(cost: ModelCost, rates: MachineRates, precision: str, works: Sequ
     computing += 4 * cost.attention_width * contexts / rates.attention_operations
     reading = max(work.num_new - 1 for work in works) * weight_seconds
     reading += KV_ELEMENT_BYTES * cost.kv_width * contexts / rates.bytes_read
-    return LeastTime(max(prefill, weight_seconds), max(computing, reading))
+    return LeastTime(prefill, weight_seconds, computing, reading)
 
 
 def context_sum(num_prompt: int, num_new: int) -> int:
@@ -102,7 +120,8 @@ def least_figures(workload: str, least: LeastTime, works: Sequence[Work]) -> dic
     if workload == "W5":
         return {}
     num_new = sum(work.num_new for work in works)
-    found = {"output_tokens_per_second": num_new / (least.prefill_seconds + least.decode_seconds)}
+    in_turn = least.prefill_seconds + least.decode_seconds
+    found = {"output_tokens_per_second": num_new / (in_turn if len(works) == 1 else least.seconds)}
     if workload == "W1":
         found["prefill_tokens_per_second"] = len(works[0].prompt) / least.prefill_seconds
         found["ms_per_token"] = 1_000 * least.decode_seconds / (num_new - 1)

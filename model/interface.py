@@ -172,9 +172,9 @@ class RunnerOptions:
     context_length: int | None = None
     """Shortens the model's own context."""
     num_threads: int | None = None
-    """None for what the process may use."""
+    """None for what the process may use, one less where that is four or more."""
     pins_threads: bool | None = None
-    """Tie threads to CPUs; None does where each can have one of its own."""
+    """Tie threads to CPUs; None does where all CPUs but one are this process's, four or more, and no quota is set."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,16 +24,19 @@ class ThreadPlan:
 
 
 def plan_threads(num_threads: int | None, pins: bool | None) -> ThreadPlan:
-    """What was asked for; None leaves it to this machine.
+    """What was asked for; None leaves it to this machine. Raises ValueError where threads cannot be tied to CPUs.
 
-    By itself a thread is tied to a CPU only where each can have one of its own and one is left: with fewer, or where a
-    quota counts time and not CPUs, the system does better by moving threads away from whatever else runs.
+    By itself a thread is tied to a CPU only where this process has all of them but one to itself: with fewer threads a
+    second server would tie its own to the same CPUs, and where a quota counts time and not CPUs, the system does better
+    by moving threads away from whatever else runs.
     """
+    if pins and not hasattr(os, "sched_setaffinity"):
+        raise ValueError("pin_threads: this system does not tie threads to CPUs")
     cpus, quota = _allowed_cpus(), _quota(CGROUP_ROOT, SELF_CGROUP)
     available = available_cpus()
     wanted = num_threads or (available if available < ENOUGH_CPUS else available - 1)
     if pins is None:
-        pins = quota is None and len(cpus) >= ENOUGH_CPUS and wanted < len(cpus)
+        pins = num_threads is None and quota is None and len(cpus) >= ENOUGH_CPUS
     return ThreadPlan(wanted, tuple(cpus[i % len(cpus)] for i in range(wanted)) if pins else ())
 
 

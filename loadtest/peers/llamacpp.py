@@ -21,7 +21,17 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from loadtest.peers.runner import Figures, Job, Settings, output_figures, parse, report, single_figures, stall_figures
+from loadtest.peers.runner import (
+    WORK,
+    Figures,
+    Job,
+    Settings,
+    output_figures,
+    parse,
+    report,
+    single_figures,
+    stall_figures,
+)
 from loadtest.peers.works import SETTLED_TOKENS
 from loadtest.ports import free_ports
 from loadtest.timing import StreamTimes
@@ -38,7 +48,7 @@ def best_settings(workload: str, batch: int) -> Settings:
     All prompts of W2 in one step are best; in W5 the streams wait for each step, so that they have to be small. More
     slots than 16 make W3 slower.
     """
-    tool = "bench" if workload == "W1" else "server"
+    tool = "bench" if workload == "W1" else "server"  # which has no use for slots and unified
     slots = 16 if workload == "W3" else 0
     step, part = {"W2": (2048, 2048), "W5": (256, 256)}.get(workload, (2048, 512))
     steps = {"batch": str(step), "ubatch": str(part)}
@@ -56,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def binary(name: str) -> str:
     """The path of one of llama.cpp's programs."""
-    return str(Path(os.environ.get("LLAMA_BIN", "loadtest/peers/work/llama.cpp/bin")) / name)
+    return str(Path(os.environ.get("LLAMA_BIN", WORK / "llama.cpp" / "bin")) / name)
 
 
 def version() -> str:
@@ -84,7 +94,8 @@ def run_bench(job: Job) -> list[Figures]:
     [work] = job.works()
     command = [binary("llama-bench"), "-m", weights(job), "-p", str(len(work.prompt)), "-n", str(work.num_new)]
     command += ["-t", str(job.threads), "-ub", job.settings["ubatch"], "-r", str(job.repeat), "-o", "json"]
-    command += ["-fa", "1" if job.settings["flash"] == "on" else "0"]
+    command += ["-fa", "1" if job.settings["flash"] == "on" else "0", "-b", job.settings["batch"]]
+    command += ["-ctk", job.settings["kv"], "-ctv", job.settings["kv"]]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return bench_figures(json.loads(done.stdout), work)
 

@@ -20,6 +20,8 @@ from loadtest.timing import StreamTimes
 from loadtest.workloads import Work
 
 PRECISIONS = ("bf16", "int8", "fp32")
+WORK = Path(os.environ.get("PEERS") or Path(__file__).parent / "work")
+"""Where install.sh puts the peers, and models lie."""
 
 Figures = dict[str, float]
 Settings = dict[str, str]

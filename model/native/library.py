@@ -21,7 +21,7 @@ class Kernels:
     level: str
 
     def keep_to_cpus(self, cpus: Sequence[int]) -> None:
-        """Ties thread i of every later call to the CPU cpus[i], but for the calling thread, which is the first."""
+        """Ties thread i of those that start from now on to the CPU cpus[i]; the first is the caller's, which is not."""
         self.library.quire_keep_to_cpus((ctypes.c_int * len(cpus))(*cpus), len(cpus))
 
 
@@ -47,7 +47,10 @@ def open_kernels(level_name: str | None = None) -> Kernels:
 
 
 def _open(path: Path, level: Level) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be opened: {error}") from None
     library.quire_source_digest.restype = ctypes.c_char_p
     if library.quire_source_digest() != source_digest(level).encode():
         raise ValueError(f"{path.name} is older than its sources: run `python -m model.native.build`")

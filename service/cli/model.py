@@ -109,8 +109,8 @@ def _print_tables(facts: dict[str, Any], directory: Path) -> None:
         ("context", f"{facts['context_length']:,} tokens"),
         ("weights", f"{_size(facts['weight_bytes'])} in {precision}, {_size(facts['file_bytes'])} on disk"),
         (
-            "computed by",
-            f"the kernels for {levels[0]}" if levels else "torch, slowly: the kernels are not built",
+            "kernels here",
+            f"for {levels[0]}" if levels else "not built: torch computes, slowly",
         ),
         ("keys and values", per_token),
     ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -180,10 +182,26 @@ def test_a_runner_that_fails_says_why(command: list[str], message: str) -> None:
         run(command)
 
 
-def test_a_runner_that_takes_too_long_is_ended_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_cpu, "RUN_SECONDS", 0.5)
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_runner_that_takes_too_long_is_ended_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_cpu, "RUN_SECONDS", 1.0)
     with pytest.raises(RunFailed, match="no result"):
-        run(["/bin/sh", "-c", "sleep 60 & wait"])
+        run(["/bin/sh", "-c", f"sleep 60 & echo $! > {tmp_path}/child; wait"])
+    child = int((tmp_path / "child").read_text())
+    for _ in range(200):  # until the system has taken it away
+        if not is_running(child):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child goes on")
 
 
 @pytest.mark.parametrize("output", ["", "text", "[1]", '{"other": 1}'])

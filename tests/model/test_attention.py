@@ -130,8 +130,9 @@ def test_head_sizes(level, dtype, head_dim):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(3, 3), (6, 2), (9, 3), (8, 1), (40, 1), (71, 1)])
-def test_grouped_heads(level, dtype, heads):
-    assert_close(make_case(MIXED, dtype, heads, head_dim=16), native(level, dtype, 16))
+@pytest.mark.parametrize("head_dim", [16, 32])
+def test_grouped_heads(level, dtype, heads, head_dim):
+    assert_close(make_case(MIXED, dtype, heads, head_dim=head_dim), native(level, dtype, head_dim))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -157,11 +158,16 @@ def test_random_steps(level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_large_scores_do_not_overflow(level):
+@pytest.mark.parametrize("scale", [3, 300])
+def test_large_scores_do_not_overflow(level, scale):
+    """Nor do those that grow from tile to tile, in small steps or in large ones."""
     case = make_case(MIXED, torch.float32)
-    case.q.mul_(300)
+    case.q.mul_(scale)
     found = case.run(native(level, torch.float32))
     torch.testing.assert_close(found, case.run(ReferenceAttention()), atol=2e-4, rtol=2e-4)
+    case = make_case([(3000, 2)], torch.bfloat16)
+    case.q.mul_(scale)
+    assert_close(case, native(level, torch.bfloat16))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -176,9 +182,10 @@ def test_rows_without_tokens_and_empty_steps(level):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(3, 3), (9, 3), (8, 1), (40, 1)])
-def test_a_row_has_the_same_bits_alone_and_in_company(level, dtype, heads):
-    backend = native(level, dtype, 24)
-    case = make_case(MIXED, dtype, heads, head_dim=24)
+@pytest.mark.parametrize("head_dim", [24, 32])
+def test_a_row_has_the_same_bits_alone_and_in_company(level, dtype, heads, head_dim):
+    backend = native(level, dtype, head_dim)
+    case = make_case(MIXED, dtype, heads, head_dim=head_dim)
     together = case.run(backend)
     for row in range(len(MIXED)):
         assert torch.equal(together[case.tokens_of(row)], row_alone(case, row).run(backend))

@@ -3,11 +3,18 @@
 import ctypes
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 
+from model import decoder_native
+from model.attention.native import _Attention
+from model.interface import Backend, Quantization
+from model.linear_native import Matrix
 from model.native import build as build_module
 from model.native import levels, library
+from model.operators_native import _Rotation
+from service.config import Settings
 from tests.model.levels import LEVELS
 
 AVX2_LAPTOP = "flags\t\t: fpu sse2 avx avx2 bmi1 bmi2 f16c fma abm movbe\n"
@@ -163,6 +170,49 @@ def test_a_level_beyond_this_machine_is_refused(monkeypatch):
     monkeypatch.setattr(library, "runnable_levels", lambda: [levels.LEVELS[-1]])
     with pytest.raises(ValueError, match="cannot execute kernels of level 'v4_bf16'"):
         library.open_kernels("v4_bf16")
+
+
+def test_a_level_that_the_system_refuses_is_passed_over(monkeypatch):
+    """As AMX is where a sandbox does not hand out tile registers."""
+    if len(LEVELS) < 2:
+        pytest.skip("needs two levels")
+    real = library._open
+
+    def open_refusing(path, level):
+        opened = real(path, level)
+        if level.name == LEVELS[0]:
+            opened.quire_permit = lambda: 0
+        return opened
+
+    monkeypatch.setattr(library, "_open", open_refusing)
+    assert library.open_kernels().level == LEVELS[1]
+    with pytest.raises(
+        ValueError, match=f"the system does not let this process execute kernels of level '{LEVELS[0]}'"
+    ):
+        library.open_kernels(LEVELS[0])
+
+
+def test_a_library_that_is_none_is_refused(empty_lib, only_baseline, monkeypatch):
+    (empty_lib / "quire_baseline.so").write_text("not a library")
+    monkeypatch.setattr(library, "runnable_levels", lambda: [levels.LEVELS[-1]])
+    with pytest.raises(ValueError, match=r"quire_baseline\.so cannot be opened"):
+        library.open_kernels()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_structs_are_as_large_here_as_there(level):
+    """Field by field they are written twice."""
+    size = library.open_kernels(level).library.quire_struct_size
+    structs = [Matrix, _Attention, _Rotation, decoder_native._Layer, decoder_native._Room, decoder_native._Decoder]
+    sizes = [ctypes.sizeof(struct) for struct in structs] + [4 * 4, ctypes.sizeof(decoder_native._Step)]
+    assert [size(index) for index in range(len(sizes))] == sizes
+
+
+def test_settings_name_the_levels_and_choices_that_there_are():
+    hints = get_type_hints(Settings)
+    assert get_args(hints["cpu_level"]) == ("auto", *(level.name for level in levels.LEVELS))
+    assert set(get_args(hints["backend"])) == {one.value for one in Backend}
+    assert set(get_args(hints["quantize"])) == {one.value for one in Quantization}
 
 
 def test_the_fastest_level_that_is_built_is_opened():

@@ -251,7 +251,8 @@ def test_the_quota_of_version_one(tmp_path: Path) -> None:
         (range(4), None, None, False, 3, ()),
         ([0, 1], None, 2, True, 2, (0, 1)),
         ([2, 4], None, 3, True, 3, (2, 4, 2)),
-        (range(8), None, 2, None, 2, (0, 1)),
+        (range(8), None, 2, None, 2, ()),
+        (range(8), None, 2, True, 2, (0, 1)),
     ],
 )
 def test_threads_are_planned_for_the_machine(
@@ -263,7 +264,7 @@ def test_threads_are_planned_for_the_machine(
     num_threads: int,
     places: tuple[int, ...],
 ) -> None:
-    """One CPU is left to the front end where there are enough; each thread has its own only where that leaves one."""
+    """One CPU is left to the front end where there are enough; each thread has its own where all others are ours."""
     monkeypatch.setattr(threads, "_allowed_cpus", lambda: list(cpus))
     monkeypatch.setattr(threads, "_quota", lambda *files: quota)
     plan = plan_threads(asked, pins)
