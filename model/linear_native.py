@@ -133,7 +133,7 @@ _NUMBERS = {torch.float32: Numbers.FLOATS, torch.bfloat16: Numbers.BF16S}
 
 def _encode_in_parts(weight_OI: Tensor) -> Coded:
     """Codes of some rows at a time, which are not in need of each other: on the way they take four bytes a number."""
-    parts = [encode(part) for part in weight_OI.split(ROWS_AT_ONCE)]
+    parts = [encode(weight_OI[row : row + ROWS_AT_ONCE]) for row in range(0, len(weight_OI), ROWS_AT_ONCE)]
     return Coded(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]))
 
 
