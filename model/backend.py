@@ -1,7 +1,7 @@
 """Puts a model together: which backend computes it on this machine, and the one function that computes a step.
 
 The native backend is the compiled kernels, with the whole step in one call where they take the model; the torch backend
-is slow and everywhere. Either computes what model/transformer.py says. It does not know slots or sampling.
+is slow and everywhere. Either computes what model/transformer.py says. It does not know sampling.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A whole step of a decoder in one call to the C kernels, over the parameters that a Transformer has packed.
 
 It gives the bits of `Transformer.forward` with the compiled operators; why it exists is written at the top of
-model/native/decoder.h. It owns the room that a step works in and knows neither slots nor sampling. Shape letters as in
+model/native/decoder.h. It owns the room that a step works in and does not know sampling. Shape letters as in
 model/transformer.py.
 """
 
@@ -22,8 +22,6 @@ from model.native.library import Kernels
 from model.transformer import Logits, Transformer
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-_FEW_ROWS = 4
-"""As in decoder.h: so few rows each thread prepares in a room of its own."""
 
 
 class _Layer(ctypes.Structure):
@@ -64,7 +62,7 @@ class _Step(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("rows", "tokens", "block_tables")),
         *((name, ctypes.c_int64) for name in ("token_stride", "table_stride")),
-        *((name, _INT) for name in ("num_tokens", "num_rows", "num_wanted")),
+        *((name, _INT) for name in ("num_rows", "num_tokens", "num_wanted")),
         *((name, _POINTER) for name in ("logits", "peaks", "places")),
     )
 
@@ -75,7 +73,7 @@ class NativeDecoder:
     def __init__(
         self, kernels: Kernels, transformer: Transformer, cache: KVCache, max_tokens: int, max_rows: int
     ) -> None:
-        """Takes steps of at most so many tokens in at most so many rows."""
+        """Takes steps of so many tokens and rows at most, on as many threads as torch has now, or fewer."""
         assert cache.layout is Layout.DOTS
         self._transformer, self._cache = transformer, cache  # the structs point into them
         config = transformer.config
@@ -94,8 +92,8 @@ class NativeDecoder:
         self._between += [torch.empty(2, max_tokens, dtype=torch.int32)]
         self._between += [torch.empty(max_tokens, dtype=torch.int64) for _ in range(5)]
         self._between += [torch.empty(max_rows + 1, dtype=torch.int32) for _ in range(3)]
-        self._num_threads = torch.get_num_threads()
-        self._prepared = [self._room(max_tokens), *(self._room(_FEW_ROWS) for _ in range(self._num_threads))]
+        self._max_threads, few_rows = torch.get_num_threads(), kernels.library.quire_few_rows()
+        self._prepared = [self._room(max_tokens), *(self._room(few_rows) for _ in range(self._max_threads))]
         rooms = [_Room(*(tensor.data_ptr() for tensor in room)) for room in self._prepared]
         self._layers = (_Layer * config.num_layers)(*map(self._layer, range(config.num_layers)))
         rotary = transformer.rotary
@@ -118,14 +116,16 @@ class NativeDecoder:
         rows = batch.rows
         columns = array("i", [x for row in rows for x in (row.slot, row.start, row.num_tokens, row.wants_token)])
         num_wanted = sum(columns[3::4])
+        num_threads = torch.get_num_threads()
         assert 0 < batch.num_tokens <= self._max_tokens and len(rows) <= self._max_rows
+        assert num_threads <= self._max_threads, "each thread has a room of its own"
         step = _Step(
             *(columns.buffer_info()[0], *tables.addresses),
             *(tables.tokens.shape[1], tables.block_tables.shape[1]),
             *(len(rows), batch.num_tokens, num_wanted),
             *self._logit_addresses,
         )
-        self._step(self._decoder, step, self._num_threads)
+        self._step(self._decoder, step, num_threads)
         if (logits := self._first_logits.get(num_wanted)) is None:
             logits = self._first_logits[num_wanted] = Logits(*(tensor[:num_wanted] for tensor in self._logits))
         return logits

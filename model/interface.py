@@ -174,7 +174,7 @@ class RunnerOptions:
     num_threads: int | None = None
     """None for what the process may use, one less where that is four or more."""
     pins_threads: bool | None = None
-    """Tie threads to CPUs; None does where all CPUs but one are this process's, four or more, and no quota is set."""
+    """Tie threads to CPUs; None does where num_threads is None, with four CPUs or more and no quota."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,17 +24,17 @@ from service.output import Delta, Mailbox, TextStream
 from service.text.tokenizer import Tokenizer
 
 DELTA_SECONDS = 0.04
-DELTA_SECONDS_PER_STREAM = 0.002
+DELTA_SECONDS_PER_REQUEST = 0.002
 LONG_DELTA_SECONDS = 0.1
 
 
-def delta_seconds(num_streams: int) -> float:
-    """How long after a delta a reader is given the next one, with what was drawn meanwhile; of so many streams.
+def delta_seconds(num_open: int) -> float:
+    """How long after a delta a reader is given the next one, with what was drawn meanwhile; of so many open requests.
 
-    A message costs ten times the work of a token: between its two ends 0.1 ms of a core, which many streams have to
+    A message costs ten times the work of a token: between its two ends 0.1 ms of a core, which many requests have to
     leave to computing. The first token and the end do not wait.
     """
-    return max(DELTA_SECONDS, min(num_streams * DELTA_SECONDS_PER_STREAM, LONG_DELTA_SECONDS))
+    return max(DELTA_SECONDS, min(num_open * DELTA_SECONDS_PER_REQUEST, LONG_DELTA_SECONDS))
 
 
 class EndReason(StrEnum):
@@ -111,7 +111,7 @@ class Generation:
         *,
         tokenizer: Tokenizer,
         metrics: RequestMetrics,
-        num_streams: Callable[[], int],
+        num_open: Callable[[], int],
         on_scheduled: Callable[[], None],
         cancel: Callable[[int], None],
     ) -> None:
@@ -126,7 +126,7 @@ class Generation:
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
         self._metrics = metrics
-        self._num_streams = num_streams
+        self._num_open = num_open
         self._on_scheduled = on_scheduled
         self._cancel = cancel
         self._cancelled_at: float | None = None
@@ -260,7 +260,7 @@ class Generation:
     def _announce(self, now: float) -> None:
         """Wakes the reader: at once, or where its last delta is too recent, when it no longer is."""
         if now >= self._next_delta_at:
-            self._next_delta_at = now + delta_seconds(self._num_streams())
+            self._next_delta_at = now + delta_seconds(self._num_open())
             self._has_news.set()
         elif self._announcement is None:
             loop = asyncio.get_running_loop()

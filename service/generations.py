@@ -98,7 +98,7 @@ class Generations:
             f"gen-{self._id_prefix}-{sequence_id}",
             tokenizer=self._tokenizer,
             metrics=self._metrics,
-            num_streams=lambda: self.num_open,
+            num_open=lambda: self.num_open,
             on_scheduled=lambda: self._admission.start(ticket),
             cancel=self._engine.cancel,
         )

@@ -20,8 +20,9 @@
 // query keeps a running maximum, a running sum, and its output so far, all float32; bfloat16 values are weighed with
 // weights rounded to bfloat16. A promise: key tiles start at multiples of KEY_TILE of the sequence's own positions, and
 // each query goes through the same operations in the same order, whether its neighbours in registers are there or not;
-// what it must not see has weight zero and changes no bit as long as it is finite. (A sequence with a value that is not
-// ends as a whole; the values of others are not read.) Another instruction set may give other last bits.
+// what it must not see has weight zero and changes no bit as long as it is finite. (A value that is not may spoil the
+// queries before it in the same item; those of other sequences it does not reach, unless they share its block.) Another
+// instruction set may give other last bits.
 #pragma once
 
 #include "amx.h"
@@ -62,7 +63,7 @@ typedef struct {
     float scores[MAX_QUERIES * KEY_TILE];          // [query][position]: not yet scaled
     uint32_t weights[MAX_QUERIES * KEY_TILE];      // [query][word of one position, or of two]
     float outputs[MAX_QUERIES * MAX_HEAD_DIM];     // [query][head_dim]: not yet divided by the sums
-    uint32_t last_values[GROUP * MAX_HEAD_DIM];    // see complete_values
+    uint32_t last_values[GROUP / 2 * MAX_HEAD_DIM];  // see complete_values
     float maxima[MAX_QUERIES], sums[MAX_QUERIES];
     TmmShapes shapes;
 } Scratch;
@@ -238,7 +239,7 @@ INLINE void soften(Scratch *s, int r, int num_visible, float scale, int head_dim
 #pragma GCC unroll 16
     for (int i = 0; i < KEY_TILE / LANES; i++) {
         const vec below = scores[i] - splat(maximum_now);
-        const vec weight = is_bf16 ? exp_coarse(below) : exp_nonpositive(below);
+        const vec weight = is_bf16 ? exp_coarse(below) : exp_fine(below);
         store_numbers(weights, i * LANES, weight, LANES, is_bf16);
         sums += weight;
     }
@@ -248,7 +249,7 @@ INLINE void soften(Scratch *s, int r, int num_visible, float scale, int head_dim
     }
     s->maxima[r] = maximum_now;
     const vec below = splat(maximum_before - maximum_now);
-    const vec shrink = is_bf16 ? exp_coarse(below) : exp_nonpositive(below);
+    const vec shrink = is_bf16 ? exp_coarse(below) : exp_fine(below);
     s->sums[r] = s->sums[r] * shrink[0] + sum_lanes(sums);
     float *outputs = s->outputs + r * head_dim;
     for (int d = 0; d < head_dim; d++) outputs[d] *= shrink[0];
@@ -352,7 +353,12 @@ INLINE void score_amx(Scratch *s, int r, int num_queries, const char *const grou
         ZERO_TMM(1);
         ZERO_TMM(2);
         ZERO_TMM(3);
-#define SCORE_GROUP(i)                                                             if (num_groups > i) {                                                              LOAD_TMM(6, groups[i] + 4 * word * GROUP, 4 * GROUP);                          DOT_TMM_BF16(i, 4, 6);                                                         if (word + TMM_WORDS == num_words) STORE_TMM(i, scores + i * GROUP, score_bytes);     }
+#define SCORE_GROUP(i)                                                                    \
+    if (num_groups > i) {                                                                 \
+        LOAD_TMM(6, groups[i] + 4 * word * GROUP, 4 * GROUP);                             \
+        DOT_TMM_BF16(i, 4, 6);                                                            \
+        if (word + TMM_WORDS == num_words) STORE_TMM(i, scores + i * GROUP, score_bytes); \
+    }
         for (int64_t word = 0; word < num_words; word += TMM_WORDS) {
             LOAD_TMM(4, queries + word, query_bytes);
             SCORE_GROUP(0);

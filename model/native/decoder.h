@@ -110,7 +110,7 @@ INLINE const Room *room_for(const Decoder *d, int num_rows, int thread) {
     return d->rooms + (num_rows > FEW_ROWS ? 0 : 1 + thread);
 }
 
-// y = W x (+ residual), for a matrix of any kind; codes of x are made first. The matrix that is multiplied next is told.
+// y = W x (+ residual), for a matrix of any kind; codes of x are made first. `next` is what is multiplied afterwards.
 INLINE void apply(const Decoder *d, const Matrix *m, const void *x, const void *residual, void *y, int num_rows,
                   int width, const Matrix *next, int thread, int is_bf16, int y_is_bf16) {
     Product product = {x, NULL, residual, y, num_rows, y_is_bf16};

@@ -130,6 +130,9 @@ EXPORTED void quire_step(const Decoder *d, const Step *s, int num_threads) {
 // Asks the system for what this level needs; 0 where it refuses. To be called before any work.
 EXPORTED int quire_permit(void) { return permit_tmm(); }
 
+// How many rows each thread has a room of its own for.
+EXPORTED int quire_few_rows(void) { return FEW_ROWS; }
+
 // The sizes of the structs that callers fill in.
 EXPORTED int quire_struct_size(int index) {
     const size_t sizes[] = {sizeof(Matrix), sizeof(Attention), sizeof(Rotation), sizeof(Layer), sizeof(Room),

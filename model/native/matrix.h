@@ -15,9 +15,10 @@
 // products are added up as integers, which is exact, and scaled once. Where the machine multiplies unsigned by signed
 // codes, those of x are kept with 128 added, and `offsets` takes out again what that adds to each output.
 //
-// A promise: each result is one chain of multiply-adds from the bias on, input by input, in a register of its own. Its
-// bits depend on its row of x, its row of W and its bias; not on the number of rows, their place, or the threads.
-// Another instruction set may give other last bits.
+// A promise: each result is one fixed sequence of operations. In vector registers that is a chain of multiply-adds from
+// the bias on, input by input; in tile registers sums of 16 words at a time, and the bias last; codes are summed as
+// integers and scaled once. Its bits depend on its row of x, its row of W and its bias; not on the number of rows,
+// their place, or the threads. Another instruction set may give other last bits.
 #pragma once
 
 #include "amx.h"
@@ -233,8 +234,8 @@ INLINE void multiply_block_tmm(const Matrix *m, const Product *p, Block block, i
     // Memory is kept busy while sums are made and while they are stored, which take about so many cycles.
     const Fetch fetch = plan_fetch(m, tile, block);
     const int num_steps = ceil_div(m->num_words, TMM_WORDS), num_lines = num_steps * TMM_WORDS * fetch.bytes / 64;
-    const int step_cycles = num_steps * (has_lower ? 128 : 64), row_cycles = num_rows * (m->is_gated ? 48 : 24);
-    const int lines_per_step = ceil_div(num_lines * step_cycles / (step_cycles + row_cycles), num_steps);
+    const int64_t step_cycles = num_steps * (has_lower ? 128 : 64), row_cycles = num_rows * (m->is_gated ? 48 : 24);
+    const int lines_per_step = ceil_div((int)(num_lines * step_cycles / (step_cycles + row_cycles)), num_steps);
     const int lines_per_row = ceil_div(max_int(0, num_lines - lines_per_step * num_steps), num_rows);
     const char *ahead = fetch.ahead;
     uint32_t edge[MAX_TMM_ROWS][TMM_WORDS];
@@ -325,7 +326,7 @@ __attribute__((constructor)) static void learn_panel_bytes(void) {
 INLINE int rows_per_panel(const Matrix *m, int num_rows) {
     const int most = max_int(4, panel_bytes / (m->num_words * 4) / max_rows(m)) * max_rows(m);
     const int num_blocks = ceil_div(num_rows, max_rows(m));
-    return ceil_div(num_blocks, ceil_div(num_rows, most)) * max_rows(m);
+    return max_int(1, ceil_div(num_blocks, max_int(1, ceil_div(num_rows, most)))) * max_rows(m);
 }
 
 // Has memory fetch what this thread will read first of a weight, while there is something else to wait for.

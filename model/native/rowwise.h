@@ -62,12 +62,13 @@ INLINE void norm_row(const void *x, const void *weight, void *y, int64_t row, in
     }
 }
 
-// x / (1 + e^-x), by e^-|x| on either side, which cannot overflow; where that is rounded to bfloat16, by an e^-x that may.
+// x / (1 + e^-x), by e^-|x| on either side, which cannot overflow; where that is rounded to bfloat16, by an e^-x that
+// may: 200 is far enough, and infinity would be reduced to NaN.
 INLINE vec silu(vec x, int is_bf16) {
     const vec zero = {0}, one = splat(1.0f);
     if (is_bf16 && LANES == 16) return x / (one + exp_coarse(minimum(splat(200.0f), zero - x)));
     const ivec is_negative = x < zero;
-    const vec power = exp_nonpositive(select_lanes(is_negative, x, zero - x));
+    const vec power = exp_fine(select_lanes(is_negative, x, zero - x));
     return x * select_lanes(is_negative, power, one) / (one + power);
 }
 

@@ -189,9 +189,9 @@ INLINE void store_codes(uint8_t *p, vec v) {
     memcpy(p, &codes, sizeof codes);
 }
 
-// Halves are added to each other until one number is left.
+// Halves are added to each other until one number is left. (Clang does not promise an order for the intrinsic.)
 INLINE float sum_lanes(vec v) {
-#if LANES == 16
+#if LANES == 16 && !defined(__clang__)
     return _mm512_reduce_add_ps((__m512)v);
 #endif
     float lanes[LANES];
@@ -212,9 +212,9 @@ INLINE float max_lanes(vec v) {
     return lanes[0];
 }
 
-// e^x for x <= 0, within 2 units in the last place; 0 below -87; NaN stays NaN. Cody and Waite's reduction
+// e^x for x up to 80, within 2 units in the last place; 0 below -87; NaN stays NaN. Cody and Waite's reduction
 // x = n ln 2 + r with |r| <= ln 2 / 2, then the degree-6 polynomial of the Cephes library (Moshier) for e^r.
-INLINE vec exp_nonpositive(vec x) {
+INLINE vec exp_fine(vec x) {
     const vec rounder = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     const ivec is_tiny = x < splat(-87.0f);
     x = select_lanes(is_tiny, splat(-87.0f), x);
@@ -248,6 +248,6 @@ INLINE vec exp_coarse(vec x) {
     p = multiply_add(p, f, splat(1.0f));
     return (vec)_mm512_mask_scalef_ps(_mm512_setzero_ps(), (__mmask16)~is_tiny, (__m512)p, n);
 #else
-    return exp_nonpositive(x);
+    return exp_fine(x);
 #endif
 }

@@ -16,6 +16,7 @@
 #include "simd.h"
 
 #define MAX_THREADS 255
+#define STACK_BYTES (1 << 20)  // parts keep what they work on there; some C libraries give less by default
 #define MOST_PATIENCE 50000  // nanoseconds before a thread sleeps that waits for the others of its team
 #define LEAST_PATIENCE 1000
 #define IDLE_PATIENCE 5000  // ... that waits for the team's next work
@@ -174,11 +175,15 @@ static int gather(int num_threads) {
         pthread_atfork(NULL, NULL, forget_threads);
         team.num_started = 1;
     }
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attributes, STACK_BYTES);
     for (; team.num_started < min_int(num_threads, MAX_THREADS); team.num_started++) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, work_on, (void *)(intptr_t)team.num_started)) break;
-        pthread_detach(thread);
+        if (pthread_create(&thread, &attributes, work_on, (void *)(intptr_t)team.num_started)) break;
     }
+    pthread_attr_destroy(&attributes);
     return min_int(num_threads, team.num_started);
 }
 

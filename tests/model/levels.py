@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 
 import pytest
 
 from model.native import library
-from model.native.levels import library_path
+from model.native.levels import Level, library_path
 from model.native.library import Kernels
 
-LEVELS = [level.name for level in library.runnable_levels() if library_path(level).exists()]
+
+def is_permitted(level: Level) -> bool:
+    """Whether the system lets this process run it; a library too old to ask is left to fail by itself."""
+    permit = getattr(ctypes.CDLL(str(library_path(level))), "quire_permit", None)
+    return permit is None or bool(permit())
+
+
+LEVELS = [level.name for level in library.runnable_levels() if library_path(level).exists() and is_permitted(level)]
 """Fastest first."""
 
 needs_kernels = pytest.mark.skipif(not LEVELS, reason="native kernels are not built: python -m model.native.build")

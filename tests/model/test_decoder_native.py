@@ -92,7 +92,11 @@ def all_equal(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
     return all(torch.equal(x, y) for left, right in zip(a, b, strict=True) for x, y in zip(left, right, strict=True))
 
 
+MOST_THREADS = 4
+
+
 def make_loop(directory: Path, dtype: torch.dtype, **names: Any) -> MiniLoop:
+    torch.set_num_threads(MOST_THREADS)  # it takes steps on so many threads, or fewer
     return MiniLoop(directory, dtype, num_slots=NUM_SLOTS, context_length=CONTEXT_LENGTH, **names)
 
 
@@ -149,7 +153,7 @@ def test_large_and_small_steps_take_turns(tmp_path: Path) -> None:
     expected = loop.step(large), loop.step(small)
     rng = random.Random(0)
     for _ in range(150):
-        torch.set_num_threads(rng.randint(2, 4))
+        torch.set_num_threads(rng.randint(2, MOST_THREADS))
         assert torch.equal(loop.step(large), expected[0])
         for _ in range(rng.randint(1, 4)):
             assert torch.equal(loop.step(small), expected[1])
@@ -208,6 +212,7 @@ def check_peaks(loop: MiniLoop, biases: Tensor) -> Logits:
 @pytest.mark.parametrize("vocab_size", [3, 5, 16, 17, 31, 64, 333])
 def test_peaks_are_torchs(tmp_path: Path, level: str, vocab_size: int) -> None:
     directory = write_checkpoint(tmp_path, vocab_size=vocab_size, num_layers=1, config={"eos_token_id": None})
+    torch.set_num_threads(MOST_THREADS)
     loop = MiniLoop(directory, torch.float32, num_slots=NUM_SLOTS, context_length=16, level=level)
     assert loop.is_one_call
     for num_threads in (1, 3):
