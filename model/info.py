@@ -50,7 +50,7 @@ class ModelInfo:
 
 
 def cpu_levels() -> list[str]:
-    """The instruction set levels of the kernels that were built and run here, fastest first; none: torch computes."""
+    """The kernels that were built here for instruction sets that this CPU has, fastest first; none: torch computes."""
     return [level.name for level in usable_levels()]
 
 
