@@ -29,7 +29,7 @@
 #include <unistd.h>
 
 #define TILE (2 * LANES)
-#define MAX_ROWS (LANES == 16 ? 12 : 6)  // what the registers hold: two sums for each row, and the operands
+#define MAX_ROWS (LANES == 16 ? 8 : 6)   // two sums for each row: 12 would fit too, but take longer (loadtest/LOG.md)
 #define MAX_TMM_ROWS (2 * TMM_ROWS)      // what the tile registers hold
 #define ROW_WORDS (HAS_AMX ? TMM_WORDS : 1)  // a weight's rows are filled up with zeros to multiples of so many words
 #define MAX_TILES 2
@@ -185,10 +185,6 @@ INLINE void multiply_rows(const Matrix *m, const Product *p, Block block, int fr
 #if LANES == 16
         case 7: multiply_tiles(m, p, block, from, to, 7, kind); break;
         case 8: multiply_tiles(m, p, block, from, to, 8, kind); break;
-        case 9: multiply_tiles(m, p, block, from, to, 9, kind); break;
-        case 10: multiply_tiles(m, p, block, from, to, 10, kind); break;
-        case 11: multiply_tiles(m, p, block, from, to, 11, kind); break;
-        case 12: multiply_tiles(m, p, block, from, to, 12, kind); break;
 #endif
     }
 }
