@@ -88,12 +88,18 @@ static void lay_out(const Decoder *d, const Step *s) {
     }
 }
 
-// Runs `body` for the rows that this thread takes, as `row`, and meets the others.
-#define SHARE_ROWS(thread, count, body)                                \
+// Runs `body` for the rows that this thread takes, as `row`.
+#define TAKE_ROWS(thread, count, body)                                 \
     do {                                                               \
         int from_, to_;                                                \
         while (take(thread, count, 1, &from_, &to_))                   \
             for (int64_t row = from_; row < to_; row++) { body; }      \
+    } while (0)
+
+// ... and meets the others.
+#define SHARE_ROWS(thread, count, body)                                \
+    do {                                                               \
+        TAKE_ROWS(thread, count, body);                                \
         meet();                                                        \
     } while (0)
 
@@ -200,21 +206,24 @@ INLINE int run_layer(const Forward *f, int index, Scratch *scratch, int thread, 
     return num_left;
 }
 
+INLINE void embed(const Decoder *d, int64_t row) {
+    const int64_t row_bytes = (int64_t)d->hidden_size * (d->is_bf16 ? 2 : 4);
+    memcpy((char *)d->x + row * row_bytes, (const char *)d->embedding + d->plan.ids[row] * row_bytes, row_bytes);
+}
+
+// The rows of few tokens are there already.
 INLINE void run_step(const Forward *f, int thread, int is_bf16) {
     const Decoder *d = f->decoder;
-    const int64_t row_bytes = (int64_t)d->hidden_size * (is_bf16 ? 2 : 4);
     Scratch scratch;
-    SHARE_ROWS(thread, f->step->num_tokens,
-               memcpy((char *)d->x + row * row_bytes, (const char *)d->embedding + d->plan.ids[row] * row_bytes,
-                      row_bytes));
     int num_left = f->step->num_tokens;
+    if (num_left > FEW_ROWS) SHARE_ROWS(thread, num_left, embed(d, row));
     for (int layer = 0; layer < d->num_layers; layer++) num_left = run_layer(f, layer, &scratch, thread, is_bf16);
     if (num_left == 0) return;
     const void *normed = norm_rows(d, d->norm, num_left, thread, is_bf16);
     const Step *s = f->step;
     const int width = d->unembedding.num_outputs;
     apply(d, &d->unembedding, normed, NULL, s->logits, num_left, d->hidden_size, NULL, thread, is_bf16, 0);
-    SHARE_ROWS(thread, num_left, find_peak(s->logits + row * width, width, s->peaks + row, s->places + row));
+    TAKE_ROWS(thread, num_left, find_peak(s->logits + row * width, width, s->peaks + row, s->places + row));
 }
 
 static void run_step_part(void *work, int thread) {

@@ -33,7 +33,7 @@
 #define MAX_TMM_ROWS (2 * TMM_ROWS)      // what the tile registers hold
 #define ROW_WORDS (HAS_AMX ? TMM_WORDS : 1)  // a weight's rows are filled up with zeros to multiples of so many words
 #define MAX_TILES 2
-#define AHEAD_BYTES 8192          // of the weight that a single block of rows goes along
+#define AHEAD_BYTES 4096          // of the weight that a single block of rows goes along
 #define START_BYTES 16384         // of a thread's share of the weight, to be there when its work begins
 
 // What a matrix holds; the values are known to model/linear_native.py.

@@ -17,9 +17,8 @@
 
 #define MAX_THREADS 255
 #define STACK_BYTES (1 << 20)  // parts keep what they work on there; some C libraries give less by default
-#define MOST_PATIENCE 50000  // nanoseconds before a thread sleeps that waits for the others of its team
+#define MOST_PATIENCE 50000  // nanoseconds before a thread sleeps that waits
 #define LEAST_PATIENCE 1000
-#define IDLE_PATIENCE 5000  // ... that waits for the team's next work
 
 typedef void (*Part)(void *work, int thread);
 
@@ -149,9 +148,13 @@ static void stay_on_cpu(int thread) {
 static void *work_on(void *argument) {
     const int thread = (int)(intptr_t)argument;
     unsigned job = 0;
+    int64_t patience = LEAST_PATIENCE;
     stay_on_cpu(thread);
     for (;;) {
-        if (!changes_within(&team.job, job, IDLE_PATIENCE)) sleep_until_changed(&team.job, job);
+        const int64_t idle_since = nanoseconds();
+        if (!changes_within(&team.job, job, patience)) sleep_until_changed(&team.job, job);
+        // Small models' steps follow each other faster than a thread wakes up: those it awaits, others it sleeps through.
+        patience = nanoseconds() - idle_since < 2 * MOST_PATIENCE ? MOST_PATIENCE : LEAST_PATIENCE;
         job = atomic_load(&team.job.value);
         if (thread >= (int)(job & 0xff)) continue;
         team.part(team.work, thread);
