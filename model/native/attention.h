@@ -147,6 +147,8 @@ INLINE int visible_in_tile(const Item *item, int r, int start) {
     return max_int(0, min_int(KEY_TILE, item->first_visible + r / item->num_heads - start));
 }
 
+INLINE int num_positions_of(const Item *item) { return item->first_visible + item->num_tokens - 1; }
+
 INLINE int64_t query_offset(const Attention *a, const Item *item, int r) {
     const int64_t token = item->first_token + r / item->num_heads;
     return (token * a->num_heads + item->first_head + r % item->num_heads) * a->head_dim;
@@ -170,14 +172,15 @@ INLINE vec dot_words(uvec a, uvec b, vec c, int is_bf16) {
 }
 
 // Vector j of a word of the key tile whose groups lie at `groups`.
-INLINE uvec load_keys(const char *const groups[], int64_t word, int j) {
+INLINE const char *place_of_keys(const char *const groups[], int64_t word, int j) {
     const int lane = j * LANES;
-    return load_words(groups[lane / GROUP] + 4 * (word * GROUP + lane % GROUP));
+    return groups[lane / GROUP] + 4 * (word * GROUP + lane % GROUP);
 }
 
-// Scores of a few queries against a few vectors of keys, which are held in registers while words go by.
-INLINE void score_few(Scratch *s, int r, int num_queries, const char *const groups[], int first, int num_vectors,
-                      int num_words, int is_bf16) {
+// Scores of a few queries against a few vectors of keys, which are held in registers while words go by. Memory is to
+// fetch the same places of the groups `ahead` meanwhile, unless NULL.
+INLINE void score_few(Scratch *s, int r, int num_queries, const char *const groups[], const char *const ahead[],
+                      int first, int num_vectors, int num_words, int is_bf16) {
     vec scores[QUERIES_AT_ONCE][VECTORS_AT_ONCE];
 #pragma GCC unroll 16
     for (int i = 0; i < num_queries; i++)
@@ -186,7 +189,10 @@ INLINE void score_few(Scratch *s, int r, int num_queries, const char *const grou
     for (int word = 0; word < num_words; word++) {
         uvec keys[VECTORS_AT_ONCE];
 #pragma GCC unroll 16
-        for (int j = 0; j < num_vectors; j++) keys[j] = load_keys(groups, word, first + j);
+        for (int j = 0; j < num_vectors; j++) keys[j] = load_words(place_of_keys(groups, word, first + j));
+        if (ahead != NULL)
+#pragma GCC unroll 16
+            for (int j = 0; j < num_vectors; j++) __builtin_prefetch(place_of_keys(ahead, word, first + j), 0, 2);
 #pragma GCC unroll 16
         for (int i = 0; i < num_queries; i++) {
             const uvec query = splat_word(s->queries[(r + i) * num_words + word]);
@@ -199,24 +205,24 @@ INLINE void score_few(Scratch *s, int r, int num_queries, const char *const grou
             store(s->scores + (r + i) * KEY_TILE + (first + j) * LANES, scores[i][j]);
 }
 
-INLINE void score_vectors(Scratch *s, int r, int num_queries, const char *const groups[], int first, int num_vectors,
-                          int num_words, int is_bf16) {
-    for (; r < num_queries; r += QUERIES_AT_ONCE) switch (num_queries - r) {
-            case 1: score_few(s, r, 1, groups, first, num_vectors, num_words, is_bf16); break;
-            case 2: score_few(s, r, 2, groups, first, num_vectors, num_words, is_bf16); break;
-            case 3: score_few(s, r, 3, groups, first, num_vectors, num_words, is_bf16); break;
-            default: score_few(s, r, QUERIES_AT_ONCE, groups, first, num_vectors, num_words, is_bf16);
+INLINE void score_vectors(Scratch *s, int r, int num_queries, const char *const groups[], const char *const ahead[],
+                          int first, int num_vectors, int num_words, int is_bf16) {
+    for (; r < num_queries; r += QUERIES_AT_ONCE, ahead = NULL) switch (num_queries - r) {
+            case 1: score_few(s, r, 1, groups, ahead, first, num_vectors, num_words, is_bf16); break;
+            case 2: score_few(s, r, 2, groups, ahead, first, num_vectors, num_words, is_bf16); break;
+            case 3: score_few(s, r, 3, groups, ahead, first, num_vectors, num_words, is_bf16); break;
+            default: score_few(s, r, QUERIES_AT_ONCE, groups, ahead, first, num_vectors, num_words, is_bf16);
         }
 }
 
-INLINE void score(Scratch *s, int r, int num_queries, const char *const groups[], int num_keys, int num_words,
-                  int is_bf16) {
+INLINE void score(Scratch *s, int r, int num_queries, const char *const groups[], const char *const ahead[],
+                  int num_keys, int num_words, int is_bf16) {
     const int num_vectors = (num_keys + LANES - 1) / LANES;
     int first = 0;
     for (; first + VECTORS_AT_ONCE <= num_vectors; first += VECTORS_AT_ONCE)
-        score_vectors(s, r, num_queries, groups, first, VECTORS_AT_ONCE, num_words, is_bf16);
+        score_vectors(s, r, num_queries, groups, ahead, first, VECTORS_AT_ONCE, num_words, is_bf16);
     for (; first < num_vectors; first++)
-        score_vectors(s, r, num_queries, groups, first, 1, num_words, is_bf16);
+        score_vectors(s, r, num_queries, groups, ahead, first, 1, num_words, is_bf16);
 }
 
 // Turns one query's scores into weights relative to a running maximum. What was summed before is rescaled only where the
@@ -263,9 +269,10 @@ INLINE uvec load_values(const char *words, int num_lanes) {
     return v;
 }
 
-// Adds the weighted values of `num_words` words of positions to some columns of a few queries' outputs, in registers.
-INLINE void weigh_columns(Scratch *s, int r, int num_queries, const char *const groups[], int num_words, int column,
-                          int num_vectors, int num_lanes, int head_dim, int is_bf16) {
+// Adds the weighted values of `num_words` words of positions to some columns of a few queries' outputs, in registers;
+// `ahead` as above.
+INLINE void weigh_columns(Scratch *s, int r, int num_queries, const char *const groups[], const char *const ahead[],
+                          int num_words, int column, int num_vectors, int num_lanes, int head_dim, int is_bf16) {
     const int group_words = is_bf16 ? GROUP / 2 : GROUP;
     vec sums[QUERIES_AT_ONCE][VECTORS_AT_ONCE];
     float *outputs = s->outputs + r * head_dim + column;
@@ -277,10 +284,15 @@ INLINE void weigh_columns(Scratch *s, int r, int num_queries, const char *const 
             memcpy(&sums[i][j], outputs + i * head_dim + j * LANES, sizeof(float) * num_lanes);
         }
     for (int word = 0; word < num_words; word++) {
-        const char *values = groups[word / group_words] + 4 * ((int64_t)(word % group_words) * head_dim + column);
+        const int64_t place = 4 * ((int64_t)(word % group_words) * head_dim + column);
+        const char *values = groups[word / group_words] + place;
         uvec value[VECTORS_AT_ONCE];
 #pragma GCC unroll 16
         for (int j = 0; j < num_vectors; j++) value[j] = load_values(values + 4 * j * LANES, num_lanes);
+        if (ahead != NULL)
+#pragma GCC unroll 16
+            for (int j = 0; j < num_vectors; j++)
+                __builtin_prefetch(ahead[word / group_words] + place + 4 * j * LANES, 0, 2);
 #pragma GCC unroll 16
         for (int i = 0; i < num_queries; i++) {
             const uvec weight = splat_word(s->weights[(r + i) * KEY_TILE + word]);
@@ -293,29 +305,29 @@ INLINE void weigh_columns(Scratch *s, int r, int num_queries, const char *const 
             memcpy(outputs + i * head_dim + j * LANES, &sums[i][j], sizeof(float) * num_lanes);
 }
 
-INLINE void weigh_few(Scratch *s, int r, int num_queries, const char *const groups[], int num_words, int head_dim,
-                      int is_bf16) {
+INLINE void weigh_few(Scratch *s, int r, int num_queries, const char *const groups[], const char *const ahead[],
+                      int num_words, int head_dim, int is_bf16) {
     int column = 0;
     for (; column + VECTORS_AT_ONCE * LANES <= head_dim; column += VECTORS_AT_ONCE * LANES)
-        weigh_columns(s, r, num_queries, groups, num_words, column, VECTORS_AT_ONCE, LANES, head_dim, is_bf16);
+        weigh_columns(s, r, num_queries, groups, ahead, num_words, column, VECTORS_AT_ONCE, LANES, head_dim, is_bf16);
     for (; column + LANES <= head_dim; column += LANES)
-        weigh_columns(s, r, num_queries, groups, num_words, column, 1, LANES, head_dim, is_bf16);
+        weigh_columns(s, r, num_queries, groups, ahead, num_words, column, 1, LANES, head_dim, is_bf16);
     if (column < head_dim)  // head sizes are multiples of 8
-        weigh_columns(s, r, num_queries, groups, num_words, column, 1, min_int(8, LANES), head_dim, is_bf16);
+        weigh_columns(s, r, num_queries, groups, ahead, num_words, column, 1, min_int(8, LANES), head_dim, is_bf16);
 }
 
 // A few queries go as far as the last of them sees: the others have weight zero there.
-INLINE void weigh(Scratch *s, const Item *item, int r, int num_queries, const char *const groups[], int start,
-                  int head_dim, int is_bf16) {
-    for (; r < num_queries; r += QUERIES_AT_ONCE) {
+INLINE void weigh(Scratch *s, const Item *item, int r, int num_queries, const char *const groups[],
+                  const char *const ahead[], int start, int head_dim, int is_bf16) {
+    for (; r < num_queries; r += QUERIES_AT_ONCE, ahead = NULL) {
         const int count = min_int(QUERIES_AT_ONCE, num_queries - r);
         const int num_visible = visible_in_tile(item, r + count - 1, start);
         const int num_words = is_bf16 ? (num_visible + 1) / 2 : num_visible;
         switch (count) {
-            case 1: weigh_few(s, r, 1, groups, num_words, head_dim, is_bf16); break;
-            case 2: weigh_few(s, r, 2, groups, num_words, head_dim, is_bf16); break;
-            case 3: weigh_few(s, r, 3, groups, num_words, head_dim, is_bf16); break;
-            default: weigh_few(s, r, QUERIES_AT_ONCE, groups, num_words, head_dim, is_bf16);
+            case 1: weigh_few(s, r, 1, groups, ahead, num_words, head_dim, is_bf16); break;
+            case 2: weigh_few(s, r, 2, groups, ahead, num_words, head_dim, is_bf16); break;
+            case 3: weigh_few(s, r, 3, groups, ahead, num_words, head_dim, is_bf16); break;
+            default: weigh_few(s, r, QUERIES_AT_ONCE, groups, ahead, num_words, head_dim, is_bf16);
         }
     }
 }
@@ -402,65 +414,78 @@ INLINE void store_outputs(const Scratch *s, const Attention *a, const Item *item
     }
 }
 
-// Finds the groups of the key tile at `start` through the block table: byte offsets, the same in either cache.
-INLINE int locate_tile(const Attention *a, const Item *item, int start, int num_positions, int is_bf16,
-                       int64_t offsets[]) {
+// The groups of a key tile.
+typedef struct {
+    const char *keys[TILE_GROUPS], *values[TILE_GROUPS];
+    int num_groups;
+} Tile;
+
+// Finds the key tile at `start` through the block table; there may be none.
+INLINE Tile locate_tile(const Attention *a, const Item *item, int start, int is_bf16) {
     const int group_bytes = GROUP * a->head_dim * (is_bf16 ? 2 : 4);
-    int num_groups = 0;
-    for (int position = start; position < min_int(start + KEY_TILE, num_positions); position += GROUP) {
+    Tile tile = {.num_groups = 0};
+    for (int position = start; position < min_int(start + KEY_TILE, num_positions_of(item)); position += GROUP) {
         const int block = item->block_table[position / a->block_size], within = position % a->block_size;
-        offsets[num_groups++] = head_offset(block, item->kv_head, a->num_kv_heads, a->block_size, a->head_dim, is_bf16)
-                                + (int64_t)(within / GROUP) * group_bytes;
+        const int64_t head = head_offset(block, item->kv_head, a->num_kv_heads, a->block_size, a->head_dim, is_bf16);
+        tile.keys[tile.num_groups] = (const char *)a->k_cache + head + (int64_t)(within / GROUP) * group_bytes;
+        tile.values[tile.num_groups++] = (const char *)a->v_cache + head + (int64_t)(within / GROUP) * group_bytes;
     }
-    return num_groups;
+    return tile;
 }
 
-// Has memory fetch the keys and values of the key tile at `start`.
-INLINE void fetch_tile(const Attention *a, const Item *item, int start, int num_positions, int is_bf16) {
+// The key tile that is TILES_AHEAD from the one at `start` on, `next` being the item that follows.
+INLINE Tile locate_ahead(const Attention *a, const Item *item, const Item *next, int start, int is_bf16) {
+    const int end = ceil_div(num_positions_of(item), KEY_TILE) * KEY_TILE;
+    const int ahead = start + TILES_AHEAD * KEY_TILE;
+    return ahead < end ? locate_tile(a, item, ahead, is_bf16) : locate_tile(a, next, ahead - end, is_bf16);
+}
+
+// Has memory fetch a key tile at once.
+INLINE void fetch_tile(const Attention *a, const Tile *tile, int is_bf16) {
     const int group_bytes = GROUP * a->head_dim * (is_bf16 ? 2 : 4);
-    int64_t offsets[TILE_GROUPS];
-    const int num_groups = locate_tile(a, item, start, num_positions, is_bf16, offsets);
-    for (int i = 0; i < num_groups; i++)
+    for (int i = 0; i < tile->num_groups; i++)
         for (int byte = 0; byte < group_bytes; byte += 64) {
-            __builtin_prefetch((const char *)a->k_cache + offsets[i] + byte, 0, 2);
-            __builtin_prefetch((const char *)a->v_cache + offsets[i] + byte, 0, 2);
+            __builtin_prefetch(tile->keys[i] + byte, 0, 2);
+            __builtin_prefetch(tile->values[i] + byte, 0, 2);
         }
 }
 
-INLINE int num_positions_of(const Item *item) { return item->first_visible + item->num_tokens - 1; }
-
-// Has memory fetch what an item begins with.
-INLINE void fetch_item(const Attention *a, const Item *item, int is_bf16) {
-    for (int tile = 0; tile < TILES_AHEAD; tile++)
-        fetch_tile(a, item, tile * KEY_TILE, num_positions_of(item), is_bf16);
+// Has memory fetch so many tiles that an item begins with.
+INLINE void fetch_item(const Attention *a, const Item *item, int num_tiles, int is_bf16) {
+    for (int i = 0; i < num_tiles; i++) {
+        const Tile tile = locate_tile(a, item, i * KEY_TILE, is_bf16);
+        fetch_tile(a, &tile, is_bf16);
+    }
 }
 
-INLINE void attend_item(Scratch *s, const Attention *a, const Item *item, int is_bf16) {
+// Computes an item whose first tiles were fetched, and has those of the `next` one fetched.
+INLINE void attend_item(Scratch *s, const Attention *a, const Item *item, const Item *next, int is_bf16) {
     const int head_dim = a->head_dim, num_words = is_bf16 ? head_dim / 2 : head_dim;
     const int num_queries = item->num_tokens * item->num_heads, num_positions = num_positions_of(item);
     const int has_amx = fits_amx(head_dim, is_bf16);
+    fetch_item(a, next, max_int(0, TILES_AHEAD - ceil_div(num_positions, KEY_TILE)), is_bf16);  // those skipped below
     load_queries(s, a, item, is_bf16);
     if (has_amx) shape_attention(s, num_queries);
     for (int start = 0; start < num_positions; start += KEY_TILE) {
         const int num_keys = min_int(KEY_TILE, num_positions - start);
         const int first = max_int(0, start + 1 - item->first_visible) * item->num_heads;  // sees this tile at all
-        int64_t offsets[TILE_GROUPS];
-        const char *keys[TILE_GROUPS], *values[TILE_GROUPS];
-        const int num_groups = locate_tile(a, item, start, num_positions, is_bf16, offsets);
-        for (int i = 0; i < num_groups; i++) {
-            keys[i] = (const char *)a->k_cache + offsets[i];
-            values[i] = (const char *)a->v_cache + offsets[i];
-        }
-        fetch_tile(a, item, start + TILES_AHEAD * KEY_TILE, num_positions, is_bf16);
-        if (has_amx) score_amx(s, first, num_queries, keys, num_groups, num_words);
-        else score(s, first, num_queries, keys, num_keys, num_words, is_bf16);
+        Tile tile = locate_tile(a, item, start, is_bf16), ahead = locate_ahead(a, item, next, start, is_bf16);
+        // A whole tile leaves time to fetch line by line, while its own go by.
+        const int by_line = !has_amx && num_keys == KEY_TILE;
+        if (!by_line) fetch_tile(a, &ahead, is_bf16);
+        for (int i = ahead.num_groups; by_line && i < TILE_GROUPS; i++)
+            ahead.keys[i] = tile.keys[i], ahead.values[i] = tile.values[i];
+        if (has_amx) score_amx(s, first, num_queries, tile.keys, tile.num_groups, num_words);
+        else score(s, first, num_queries, tile.keys, by_line ? ahead.keys : NULL, num_keys, num_words, is_bf16);
         // Whoever shares a register with a query that sees something gets weights too: zeros.
         for (int r = has_amx ? first - first % TMM_ROWS : first; r < num_queries; r++)
             soften(s, r, visible_in_tile(item, r, start), a->scale, head_dim, is_bf16);
-        if (has_amx && num_keys % GROUP)
-            values[num_groups - 1] = complete_values(s, values[num_groups - 1], num_keys % GROUP, head_dim);
-        if (has_amx) weigh_amx(s, first, num_queries, values, num_groups, head_dim);
-        else weigh(s, item, first, num_queries, values, start, head_dim, is_bf16);
+        if (has_amx && num_keys % GROUP) {
+            const char **last = tile.values + tile.num_groups - 1;
+            *last = complete_values(s, *last, num_keys % GROUP, head_dim);
+        }
+        if (has_amx) weigh_amx(s, first, num_queries, tile.values, tile.num_groups, head_dim);
+        else weigh(s, item, first, num_queries, tile.values, by_line ? ahead.values : NULL, start, head_dim, is_bf16);
     }
     if (has_amx) release_tmm();
     store_outputs(s, a, item, is_bf16);

@@ -160,8 +160,7 @@ INLINE void attend_items(Scratch *scratch, const Attention *a, const Rotation *r
                 fetch_place(rotation, next.first_token, next.kv_head, is_bf16);
                 rotate_heads(rotation, item.first_token, item.first_head, item.num_heads, item.kv_head, is_bf16);
             }
-            fetch_item(a, &next, is_bf16);
-            attend_item(scratch, a, &item, is_bf16);
+            attend_item(scratch, a, &item, &next, is_bf16);
         }
     meet();
 }
@@ -184,7 +183,7 @@ INLINE int run_layer(const Forward *f, int index, Scratch *scratch, int thread, 
     Attention attention = f->attention;
     attention.k_cache = layer->k_cache, attention.v_cache = layer->v_cache;
     const Item item = make_item(&attention, min_int(share_start(thread, f->num_items), f->num_items - 1));
-    fetch_item(&attention, &item, is_bf16);
+    fetch_item(&attention, &item, TILES_AHEAD, is_bf16);
     const int rotates_first = !rotates_in_items(&attention, num_tokens);
     if (rotates_first) SHARE_ROWS(thread, num_tokens, rotate_token(&rotation, row, is_bf16));
     attend_items(scratch, &attention, rotates_first ? NULL : &rotation, f->num_items, thread, is_bf16);

@@ -61,8 +61,6 @@ typedef struct {
     int y_is_bf16;
 } Product;
 
-INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 INLINE int tile_outputs(const Matrix *m) { return m->is_gated ? LANES : TILE; }
 
 INLINE int num_tiles(const Matrix *m) { return ceil_div(m->num_outputs, tile_outputs(m)); }

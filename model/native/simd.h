@@ -29,6 +29,8 @@ INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
 INLINE int max_int(int a, int b) { return a > b ? a : b; }
 
+INLINE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
