@@ -153,7 +153,7 @@ static void *work_on(void *argument) {
     for (;;) {
         const int64_t idle_since = nanoseconds();
         if (!changes_within(&team.job, job, patience)) sleep_until_changed(&team.job, job);
-        // Small models' steps follow each other faster than a thread wakes up: those it awaits, others it sleeps through.
+        // A small model's steps follow each other faster than a thread wakes up.
         patience = nanoseconds() - idle_since < 2 * MOST_PATIENCE ? MOST_PATIENCE : LEAST_PATIENCE;
         job = atomic_load(&team.job.value);
         if (thread >= (int)(job & 0xff)) continue;
