@@ -171,7 +171,7 @@ INLINE vec dot_words(uvec a, uvec b, vec c, int is_bf16) {
     return multiply_add(second_bf16(a), second_bf16(b), multiply_add(first_bf16(a), first_bf16(b), c));
 }
 
-// Vector j of a word of the key tile whose groups lie at `groups`.
+// Where vector j of a word lies of the key tile whose groups are at `groups`.
 INLINE const char *place_of_keys(const char *const groups[], int64_t word, int j) {
     const int lane = j * LANES;
     return groups[lane / GROUP] + 4 * (word * GROUP + lane % GROUP);
@@ -458,7 +458,7 @@ INLINE void fetch_item(const Attention *a, const Item *item, int num_tiles, int 
     }
 }
 
-// Computes an item whose first tiles were fetched, and has those of the `next` one fetched.
+// Computes an item, best when its first tiles were fetched before, and has those of the `next` one fetched.
 INLINE void attend_item(Scratch *s, const Attention *a, const Item *item, const Item *next, int is_bf16) {
     const int head_dim = a->head_dim, num_words = is_bf16 ? head_dim / 2 : head_dim;
     const int num_queries = item->num_tokens * item->num_heads, num_positions = num_positions_of(item);
@@ -473,7 +473,7 @@ INLINE void attend_item(Scratch *s, const Attention *a, const Item *item, const 
         // A whole tile leaves time to fetch line by line, while its own go by.
         const int by_line = !has_amx && num_keys == KEY_TILE;
         if (!by_line) fetch_tile(a, &ahead, is_bf16);
-        for (int i = ahead.num_groups; by_line && i < TILE_GROUPS; i++)
+        for (int i = ahead.num_groups; by_line && i < TILE_GROUPS; i++)  // in place of missing ones some that are near
             ahead.keys[i] = tile.keys[i], ahead.values[i] = tile.values[i];
         if (has_amx) score_amx(s, first, num_queries, tile.keys, tile.num_groups, num_words);
         else score(s, first, num_queries, tile.keys, by_line ? ahead.keys : NULL, num_keys, num_words, is_bf16);

@@ -210,7 +210,12 @@ INLINE void embed(const Decoder *d, int64_t row) {
     memcpy((char *)d->x + row * row_bytes, (const char *)d->embedding + d->plan.ids[row] * row_bytes, row_bytes);
 }
 
-// The rows of few tokens are there already.
+// Before the team is called, which saves it a meeting: the caller multiplies while the others wake up.
+INLINE void embed_few(const Decoder *d, int num_tokens) {
+    for (int row = 0; num_tokens <= FEW_ROWS && row < num_tokens; row++) embed(d, row);
+}
+
+// After embed_few.
 INLINE void run_step(const Forward *f, int thread, int is_bf16) {
     const Decoder *d = f->decoder;
     Scratch scratch;

@@ -121,8 +121,7 @@ EXPORTED void quire_step(const Decoder *d, const Step *s, int num_threads) {
                       .head_dim = d->head_dim, .block_size = d->block_size, .scale = d->scale},
     };
     lay_out(d, s);
-    if (s->num_tokens <= FEW_ROWS)  // then no thread has to wait for the others to wake up
-        for (int row = 0; row < s->num_tokens; row++) embed(d, row);
+    embed_few(d, s->num_tokens);
     f.num_items = num_items(&f.attention, list_tiles(&f.attention));
     const Layer *layer = d->layers;
     const int64_t of_layer = effort(&layer->qkv, s->num_tokens) + effort(&layer->gate_up, s->num_tokens);

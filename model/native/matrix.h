@@ -29,7 +29,7 @@
 #include <unistd.h>
 
 #define TILE (2 * LANES)
-#define MAX_ROWS (LANES == 16 ? 8 : 6)   // two sums for each row: 12 would fit too, but take longer (loadtest/LOG.md)
+#define MAX_ROWS (LANES == 16 ? 8 : 6)  // two sums for each: 6 fill 16 registers; 12 fit in 32, but are slower (LOG.md)
 #define MAX_TMM_ROWS (2 * TMM_ROWS)      // what the tile registers hold
 #define ROW_WORDS (HAS_AMX ? TMM_WORDS : 1)  // a weight's rows are filled up with zeros to multiples of so many words
 #define MAX_TILES 2

@@ -2,9 +2,9 @@
 //
 // One team for each library, asleep while there is no work. Whoever waits looks on for a moment, which is how long a
 // meeting takes when all threads have a core, and then sleeps: a thread that went on spinning would keep the core from
-// the one it waits for, once another process wants one. The moment is learnt: it shrinks with every wait that ends
-// asleep, and grows again with those that do not. Which thread computes what is left to chance and must not show in any
-// result. It does not know what is computed.
+// the one it waits for, once another process wants one. The moment is learnt: at meetings it shrinks with every wait
+// that ends asleep, and grows again with those that do not. Which thread computes what is left to chance and must not
+// show in any result. It does not know what is computed.
 #pragma once
 
 #include <pthread.h>
@@ -151,12 +151,16 @@ static void *work_on(void *argument) {
     int64_t patience = LEAST_PATIENCE;
     stay_on_cpu(thread);
     for (;;) {
+        // A small model's steps follow each other faster than a thread wakes up: where one came that soon, it looks on
+        // for the next, and goes on to as long as that pays. (Twice: the time that was spent on waking up is in it.)
         const int64_t idle_since = nanoseconds();
-        if (!changes_within(&team.job, job, patience)) sleep_until_changed(&team.job, job);
-        // A small model's steps follow each other faster than a thread wakes up.
-        patience = nanoseconds() - idle_since < 2 * MOST_PATIENCE ? MOST_PATIENCE : LEAST_PATIENCE;
+        const int came_soon = changes_within(&team.job, job, patience);
+        if (!came_soon) sleep_until_changed(&team.job, job);
+        const int tries = patience == LEAST_PATIENCE && nanoseconds() - idle_since < 2 * MOST_PATIENCE;
         job = atomic_load(&team.job.value);
-        if (thread >= (int)(job & 0xff)) continue;
+        const int is_mine = thread < (int)(job & 0xff);
+        patience = is_mine && (came_soon || tries) ? MOST_PATIENCE : LEAST_PATIENCE;
+        if (!is_mine) continue;
         team.part(team.work, thread);
         meet();
     }
