@@ -92,6 +92,7 @@ def assemble(
 def step_by_step(transformer: Transformer, cache: KVCache) -> Forward:
     """The readable way: operator by operator."""
 
+    @torch.inference_mode()
     def forward(tables: SlotTables, batch: Batch) -> Logits:
         inputs = tables.build(batch.rows)
         logits_WV = transformer.forward(inputs.ids_T, inputs.positions_T, cache, inputs.plan, inputs.wanted_W)

@@ -80,11 +80,11 @@ class NativeDecoder:
         self._max_tokens, self._max_rows = max_tokens, max_rows
         self._dtype = transformer.embedding_VE.dtype
         most = min(max_tokens, max_rows)
-        self._logits = Logits(
-            torch.empty(most, config.vocab_size), torch.empty(most), torch.empty(most, dtype=torch.int64)
-        )
-        self._first_logits: dict[int, Logits] = {}  # of the first so many rows: a view costs as much as all the rest
-        self._logit_addresses = [tensor.data_ptr() for tensor in self._logits]
+        self._logits = torch.empty(most, config.vocab_size)
+        self._first_logits: dict[int, Tensor] = {}  # of so many rows: a view costs as much as all the rest
+        self._peaks, self._peak_ids = array("f", [0.0] * most), array("q", [0] * most)
+        peaks = (column.buffer_info()[0] for column in (self._peaks, self._peak_ids))
+        self._logit_addresses = [self._logits.data_ptr(), *peaks]
         q_size = config.num_heads * config.head_dim
         qkv_size = q_size + 2 * config.num_kv_heads * config.head_dim
         widths = (config.hidden_size, qkv_size, q_size, q_size, config.intermediate_size)
@@ -126,9 +126,9 @@ class NativeDecoder:
             *self._logit_addresses,
         )
         self._step(self._decoder, step, num_threads)
-        if (logits := self._first_logits.get(num_wanted)) is None:
-            logits = self._first_logits[num_wanted] = Logits(*(tensor[:num_wanted] for tensor in self._logits))
-        return logits
+        if (values_WV := self._first_logits.get(num_wanted)) is None:
+            values_WV = self._first_logits[num_wanted] = self._logits[:num_wanted]
+        return Logits(values_WV, self._peaks[:num_wanted].tolist(), self._peak_ids[:num_wanted].tolist())
 
     def _room(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Where rows lie that are about to meet a matrix: as they are, or as codes of 8 bits and their scales."""

@@ -63,7 +63,6 @@ class TorchRunner:
         """The sizes an engine plans with."""
         return self._shape
 
-    @torch.inference_mode()
     def launch(self, batch: Batch) -> Pending:
         """Computes a step. Tokens that it draws are known to their slots at once; rows need not bring them back."""
         self._tables.take_in(batch)

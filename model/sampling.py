@@ -64,7 +64,7 @@ class SlotState:
     def changes_logits(self, position: int) -> bool:
         """Whether the token at this position is drawn from other logits than the model's."""
         has_penalties = self.sampling.repetition_penalty != 1 or self.counts_output
-        return has_penalties or len(self.bias_ids) > 0 or self.bans_end(position)
+        return has_penalties or bool(self.sampling.logit_bias) or self.bans_end(position)
 
 
 class Sampler:
@@ -98,9 +98,9 @@ class Sampler:
         known before it.
         """
         states = [self._state(slot) for slot in slots]
-        logits_RV, token_ids_R = logits.values_WV, logits.peak_ids_W
+        logits_RV, token_ids = logits.values_WV, list(logits.peak_ids)
         # A peak is NaN or infinite where any logit is NaN or +inf, or all are -inf.
-        is_finite = [isfinite(peak) for peak in logits.peaks_W.tolist()]
+        is_finite = [isfinite(peak) for peak in logits.peaks]
         changed = [i for i, state in enumerate(states) if state.changes_logits(positions[i])]
         drawn = [i for i, state in enumerate(states) if state.sampling.temperature > 0]
         scores_RV = logits_RV
@@ -108,13 +108,13 @@ class Sampler:
             scores_RV = logits_RV.clone()
             for i in changed:
                 change(scores_RV[i], states[i], self._tokens[slots[i], : positions[i]].long())
-            token_ids_R = scores_RV.argmax(dim=-1)
+            token_ids = scores_RV.argmax(dim=-1).tolist()
         if drawn:
-            token_ids_R = token_ids_R.clone()
             slots_F, positions_F = (torch.tensor([column[i] for i in drawn]) for column in (slots, positions))
             rows_F = torch.tensor(drawn)
-            token_ids_R[rows_F] = self._draw(take_rows(scores_RV, rows_F), slots_F, positions_F)
-        token_ids = token_ids_R.tolist()
+            drawn_ids = self._draw(take_rows(scores_RV, rows_F), slots_F, positions_F).tolist()
+            for i, token_id in zip(drawn, drawn_ids, strict=True):
+                token_ids[i] = token_id
         return Sampled(token_ids, is_finite, log_probabilities(logits_RV, states, token_ids, is_finite))
 
     def _state(self, slot: int) -> SlotState:

@@ -25,17 +25,19 @@ from model.rotary import RotaryTables
 class Logits(NamedTuple):
     """What a step gives for the wanted tokens: float32 scores of all tokens, and the largest of each row.
 
-    A peak is NaN where any of the row's logits is; `peak_ids_W` (int64) is the first token that has the peak.
+    A peak is NaN where any of the row's logits is; `peak_ids` are the first tokens that have the peaks. They are
+    lists: between two steps the caches are cold, and whatever asks a tensor for a number or its length is slow.
     """
 
     values_WV: Tensor
-    peaks_W: Tensor
-    peak_ids_W: Tensor
+    peaks: list[float]
+    peak_ids: list[int]
 
     @classmethod
     def of(cls, values_WV: Tensor) -> Logits:
         """Finds the peaks."""
-        return cls(values_WV, *values_WV.max(dim=-1))
+        peaks_W, peak_ids_W = values_WV.max(dim=-1)
+        return cls(values_WV, peaks_W.tolist(), peak_ids_W.tolist())
 
 
 @dataclass(frozen=True, slots=True)
