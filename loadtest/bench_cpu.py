@@ -1,10 +1,11 @@
 """Quire and its peers on the same work on a CPU, alternating: who is faster, by how much, and how far from the limit.
 
     python -m loadtest.bench_cpu --models DIR [--model M] [--work W1 W2/8 W2/32 W2/64 W3 W5] [--precisions bf16 int8]
-        [--engines quire quire-grpc llamacpp openvino] [--rounds 3] [--tries 3] [--threads N] [--out FILE]
+        [--engines quire quire-grpc llamacpp openvino] [--rounds 3] [--repeat 3] [--tries 3] [--threads N] [--out FILE]
     python -m loadtest.bench_cpu --table FILE
 
-Each round runs every engine on every piece of work, one after the other, each in a process of its own (loadtest/peers).
+Each round runs every engine on every piece of work, one after the other, each in a process of its own (loadtest/peers)
+that measures `--repeat` times and gives the medians: some runs last half a second only, in which one hiccup is a lot.
 A run during which other processes took more than a tenth of the machine is repeated, a bounded number of times. Every
 result is appended to a JSONL file at once; `--table` prints a file's table again. The last line is one JSON document.
 """
@@ -66,6 +67,7 @@ class Plan:
     cells: tuple[Cell, ...]
     engines: tuple[str, ...]
     rounds: int
+    repeat: int
     tries: int
     threads: int
     out: Path
@@ -93,20 +95,21 @@ def parse(arguments: Sequence[str] | None) -> Plan | Path:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "int8"])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements of each run (default: %(default)s)")
     parser.add_argument("--tries", type=int, default=3, help="runs of a noisy measurement (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="JSONL file to append to (default: a new one in loadtest/out)")
     given = parser.parse_args(arguments)
     if given.table:
         return Path(given.table)
-    if min(given.rounds, given.tries, given.threads) < 1:
-        parser.error("rounds, tries and threads must be at least 1")
+    if min(given.rounds, given.repeat, given.tries, given.threads) < 1:
+        parser.error("rounds, repeat, tries and threads must be at least 1")
     try:
         cells = tuple(cells_of(given.model, given.work, given.precisions))
     except ValueError as error:
         parser.error(f"--work: {error}")
     out = given.out or OUT / f"cpu-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
-    return Plan(given.models, cells, tuple(given.engines), given.rounds, given.tries, given.threads, out)
+    return Plan(given.models, cells, tuple(given.engines), given.rounds, given.repeat, given.tries, given.threads, out)
 
 
 def cells_of(models: Sequence[str], work: Sequence[str], precisions: Sequence[str]) -> Iterator[Cell]:
@@ -192,7 +195,7 @@ def command_of(plan: Plan, cell: Cell, engine: Engine) -> list[str]:
     return [
         *(engine.python, "-m", f"loadtest.peers.{engine.module}", "--model", str((plan.models / cell.model).resolve())),
         *("--precision", cell.precision, "--workload", cell.workload, "--batch", str(cell.batch)),
-        *("--threads", str(plan.threads), *engine.arguments),
+        *("--threads", str(plan.threads), "--repeat", str(plan.repeat), *engine.arguments),
     ]
 
 

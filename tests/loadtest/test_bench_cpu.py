@@ -48,7 +48,7 @@ CONFIG = {
 def plan_of(folder: Path, engines: tuple[str, ...] = ("quire", "llamacpp"), cells: tuple[Cell, ...] = (CELL,)) -> Plan:
     (folder / "M").mkdir()
     (folder / "M" / "config.json").write_text(json.dumps(CONFIG))
-    return Plan(folder, cells, engines, rounds=2, tries=3, threads=2, out=folder / "out" / "found.jsonl")
+    return Plan(folder, cells, engines, rounds=2, repeat=1, tries=3, threads=2, out=folder / "out" / "found.jsonl")
 
 
 @pytest.fixture
