@@ -7,7 +7,9 @@ letters: M rows, I inputs, O outputs, F outputs of each half of a gated matrix.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,10 @@ MAX_CODED_INPUTS = (2**31 - 1) // (255 * 127)
 """Products of codes, one of them up to 255 where it is kept with 128 added, are summed in 32 bits."""
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 ROWS_AT_ONCE = 4096
+PALETTE, GROUP_WORDS = 16, 2
+"""Constants of model/native/shorts.h."""
+MOST_ESCAPED = 0.1
+"""Of a matrix's groups; with more, keeping them beside the others saves too little."""
 
 
 class Numbers(IntEnum):
@@ -29,6 +35,7 @@ class Numbers(IntEnum):
     FLOATS = 0
     BF16S = 1
     CODES = 2
+    SHORT_BF16S = 3
 
 
 class Matrix(ctypes.Structure):
@@ -36,8 +43,29 @@ class Matrix(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("words", "bias", "scales", "offsets")),
+        *((name, _POINTER) for name in ("palettes", "escape_starts", "escapes", "escaped")),
         *((name, _INT) for name in ("num_outputs", "num_words", "numbers", "is_gated")),
     )
+
+
+class _Shortening(ctypes.Structure):
+    """The C struct `Shortening` of shorts.h, field by field."""
+
+    _fields_ = (
+        ("words", _POINTER),
+        *((name, _INT) for name in ("num_tiles", "num_words")),
+        *((name, _POINTER) for name in ("palettes", "num_escapes", "escape_starts", "escapes", "escaped", "groups")),
+    )
+
+
+class PackedWords(NamedTuple):
+    """A packed matrix: plain words, or groups of bfloat16 in 12 bits and what else model/native/shorts.h says."""
+
+    words: Tensor
+    palettes: Tensor | None = None
+    escape_starts: Tensor | None = None
+    escapes: Tensor | None = None
+    escaped: Tensor | None = None
 
 
 class NativeLinears:
@@ -53,7 +81,9 @@ class NativeLinears:
         self.tile: int = library.quire_tile()
         self.row_words: int = library.quire_row_words()
         self.code_offset: int = library.quire_code_offset()
+        self.shortens = bool(library.quire_has_shorts()) and dtype is torch.bfloat16 and not has_codes
         self.memory = HugePages()
+        self._library = library
         self.multiply = library.quire_multiply
         self.multiply.argtypes = (ctypes.POINTER(Matrix), *(_POINTER,) * 5, *(_INT,) * 5)
         self.multiply.restype = None
@@ -67,6 +97,29 @@ class NativeLinears:
         results are not rounded to the dtype.
         """
         return NativeLinear(self, weight_OI, bias_O, is_gated, keeps_float32)
+
+    def shorten(self, words_TWO: Tensor) -> PackedWords | None:
+        """The same numbers in 12 bits each; None where that cannot be, or would not save much."""
+        num_tiles, num_words, _ = words_TWO.shape
+        if num_words % GROUP_WORDS:
+            return None
+        num_groups, num_threads = num_words // GROUP_WORDS, torch.get_num_threads()
+        palettes = torch.empty(num_tiles, PALETTE, dtype=torch.uint8)
+        num_escapes = torch.empty(num_tiles, dtype=torch.int32)
+        work = _Shortening(words_TWO.data_ptr(), num_tiles, num_words, palettes.data_ptr(), num_escapes.data_ptr())
+        self._library.quire_choose_palettes(ctypes.byref(work), num_threads)
+        total = int(num_escapes.sum())
+        if total > MOST_ESCAPED * num_tiles * num_groups:
+            return None
+        # Each tile's list has an end beside its escapes.
+        starts = (num_escapes + 1).cumsum(0, dtype=torch.int32) - num_escapes - 1
+        escapes = torch.empty(total + num_tiles, dtype=torch.int32)
+        escaped = torch.empty(total, GROUP_WORDS, self.tile, dtype=torch.int32)
+        groups = self.memory.zeros(num_tiles, num_groups, GROUP_WORDS * self.tile * 3, dtype=torch.uint8)
+        work.escape_starts, work.escapes = starts.data_ptr(), escapes.data_ptr()
+        work.escaped, work.groups = escaped.data_ptr(), groups.data_ptr()
+        self._library.quire_shorten(ctypes.byref(work), num_threads)
+        return PackedWords(groups, palettes, starts, escapes, escaped)
 
 
 class NativeLinear:
@@ -93,12 +146,20 @@ class NativeLinear:
             self._offsets = _in_tiles(linears.code_offset * sums_O, linears.tile, half)
         else:
             rows_OI = _in_tiles(weight_OI, linears.tile, half)
-        self._words = pack_words(rows_OI, linears.tile, linears.row_words, linears.memory)
         num_words = -(-self._num_inputs * rows_OI.itemsize // WORD_BYTES)
         numbers = Numbers.CODES if linears.has_codes else _NUMBERS[linears.dtype]
+        packed = None
+        if linears.shortens:
+            packed = linears.shorten(pack_words(rows_OI, linears.tile, linears.row_words, torch.zeros))
+        if packed is not None:
+            numbers = Numbers.SHORT_BF16S
+        else:
+            packed = PackedWords(pack_words(rows_OI, linears.tile, linears.row_words, linears.memory.zeros))
+        self._words, *self._beside = packed
         self._num_outputs = num_outputs // 2 if is_gated else num_outputs
         self.struct = Matrix(
             *(_pointer(tensor) for tensor in (self._words, self._bias, self._scales, self._offsets)),
+            *map(_pointer, self._beside),
             *(self._num_outputs, num_words, numbers, is_gated),
         )
         """For the kernels; it lives as long as this object."""
@@ -106,7 +167,8 @@ class NativeLinear:
     @property
     def num_bytes(self) -> int:
         """Memory that the packed matrix takes."""
-        return sum(one.nbytes for one in (self._words, self._bias, self._scales, self._offsets) if one is not None)
+        tensors = (self._words, self._bias, self._scales, self._offsets, *self._beside)
+        return sum(one.nbytes for one in tensors if one is not None)
 
     def __call__(self, x_MI: Tensor, residual_MO: Tensor | None = None) -> Tensor:
         """See model.linear.Linear."""
@@ -159,13 +221,13 @@ def _padding(rows: Tensor, multiple: int) -> tuple[int, ...]:
     return (*(0, 0) * (rows.dim() - 1), 0, -len(rows) % multiple)
 
 
-def pack_words(rows_OI: Tensor, tile: int, row_words: int, memory: HugePages) -> Tensor:
-    """Whole tiles of rows as int32 words [tiles, words of a row, tile].
+def pack_words(rows_OI: Tensor, tile: int, row_words: int, zeros: Callable[..., Tensor]) -> Tensor:
+    """Whole tiles of rows as int32 words [tiles, words of a row, tile], in memory that `zeros` gives.
 
     Rows are filled up with zeros to multiples of `row_words` whole words.
     """
     per_row = row_words * WORD_BYTES // rows_OI.itemsize
     padded_OI = torch.nn.functional.pad(rows_OI, (0, -rows_OI.shape[1] % per_row))
     words_TOW = padded_OI.contiguous().view(torch.int32).view(len(rows_OI) // tile, tile, -1)
-    packed_TWO = memory.zeros(words_TOW.shape[0], words_TOW.shape[2], tile, dtype=torch.int32)
+    packed_TWO = zeros(words_TOW.shape[0], words_TOW.shape[2], tile, dtype=torch.int32)
     return packed_TWO.copy_(words_TOW.transpose(1, 2))

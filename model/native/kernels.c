@@ -45,6 +45,25 @@ EXPORTED int quire_tile(void) { return TILE; }
 // How many words the rows of a packed weight are filled up to multiples of.
 EXPORTED int quire_row_words(void) { return ROW_WORDS; }
 
+// Whether this level keeps bfloat16 in 12 bits; see shorts.h.
+EXPORTED int quire_has_shorts(void) { return HAS_SHORTS; }
+
+static void choose_palettes(void *work, int thread) {
+    const Shortening *s = work;
+    TAKE_ROWS(thread, s->num_tiles, choose_palette(s, row));
+}
+
+static void shorten_tiles(void *work, int thread) {
+    const Shortening *s = work;
+    TAKE_ROWS(thread, s->num_tiles, shorten_tile(s, row));
+}
+
+// Fills in `palettes` and `num_escapes`.
+EXPORTED void quire_choose_palettes(Shortening *s, int num_threads) { run_together(choose_palettes, s, num_threads); }
+
+// And the rest, for `escape_starts` that follow from them.
+EXPORTED void quire_shorten(Shortening *s, int num_threads) { run_together(shorten_tiles, s, num_threads); }
+
 // What is added to the codes of x; see matrix.h.
 EXPORTED int quire_code_offset(void) { return CODE_OFFSET; }
 

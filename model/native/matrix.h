@@ -11,6 +11,8 @@
 // first half of each tile are outputs of the gate, the second half the same outputs of the other, and y is
 // silu(gate) * other (Shazeer, 2020).
 //
+// Pairs of bfloat16 can be kept in three quarters of the room, without loss: shorts.h.
+//
 // 8-bit codes: W[o][i] = scale[o] * code[o][i], and x[i] = scale * code[i] with a scale for each row of x. Their
 // products are added up as integers, which is exact, and scaled once. Where the machine multiplies unsigned by signed
 // codes, those of x are kept with 128 added, and `offsets` takes out again what that adds to each output.
@@ -23,12 +25,14 @@
 
 #include "amx.h"
 #include "rowwise.h"
-#include "team.h"
 
 #include <stddef.h>
 #include <unistd.h>
 
 #define TILE (2 * LANES)
+
+#include "shorts.h"
+
 #define MAX_ROWS (LANES == 16 ? 8 : 6)  // two sums for each: 6 fill 16 registers; 12 fit in 32, but are slower (LOG.md)
 #define MAX_TMM_ROWS (2 * TMM_ROWS)      // what the tile registers hold
 #define ROW_WORDS (HAS_AMX ? TMM_WORDS : 1)  // a weight's rows are filled up with zeros to multiples of so many words
@@ -37,16 +41,17 @@
 #define START_BYTES 16384         // of a thread's share of the weight, to be there when its work begins
 
 // What a matrix holds; the values are known to model/linear_native.py.
-typedef enum { FLOATS, BF16S, CODES } Numbers;
+typedef enum { FLOATS, BF16S, CODES, SHORT_BF16S } Numbers;
 
 // How words are multiplied. PAIRS: two bfloat16 of a word one after the other, on machines without dots of them.
 typedef enum { FLOAT_WORDS, PAIRS, PAIR_DOTS, CODE_DOTS } Kind;
 
 typedef struct {
-    const uint32_t *words;   // [num_tiles][num_words, filled up][TILE]
+    const uint32_t *words;   // [num_tiles][num_words, filled up][TILE]; of shorts [num_tiles][groups][GROUP_BYTES]
     const float *bias;       // [num_tiles * TILE]
     const float *scales;     // [num_tiles * TILE], of codes
     const int32_t *offsets;  // [num_tiles * TILE], of codes
+    Shorts shorts;
     int num_outputs;         // of y: of a gated matrix as many as each of the two has
     int num_words;           // of a row of x
     int numbers, is_gated;
@@ -66,6 +71,15 @@ INLINE int tile_outputs(const Matrix *m) { return m->is_gated ? LANES : TILE; }
 INLINE int num_tiles(const Matrix *m) { return ceil_div(m->num_outputs, tile_outputs(m)); }
 
 INLINE int64_t tile_words(const Matrix *m) { return (int64_t)ceil_div(m->num_words, ROW_WORDS) * ROW_WORDS * TILE; }
+
+INLINE int is_short(const Matrix *m) { return HAS_SHORTS && m->numbers == SHORT_BF16S; }
+
+INLINE int64_t tile_bytes(const Matrix *m) {
+    return is_short(m) ? (int64_t)(m->num_words / GROUP_WORDS) * GROUP_BYTES : 4 * tile_words(m);
+}
+
+// The start of a packed tile.
+INLINE const char *tile_at(const Matrix *m, int tile) { return (const char *)m->words + tile * tile_bytes(m); }
 
 // Whether the tile registers multiply it.
 INLINE int fits_tmm(const Matrix *m) { return HAS_AMX && m->numbers != FLOATS; }
@@ -101,7 +115,7 @@ typedef struct {
     int row, index, count;
 } Block;
 
-// What memory is to fetch while a block of rows meets a word of a tile: so many bytes from `ahead` on.
+// What memory is to fetch while a block of rows meets a word of a tile, or a group: so many bytes from `ahead` on.
 typedef struct {
     const char *ahead;
     int bytes;
@@ -110,21 +124,107 @@ typedef struct {
 // A single block of rows fetches what it needs soon. Several share the next tile among them, so that memory is as busy
 // during the last block, which finds its tile near, as during the first.
 INLINE Fetch plan_fetch(const Matrix *m, int tile, Block block) {
-    const char *words = (const char *)(m->words + tile * tile_words(m));
-    const int64_t tile_bytes = tile_words(m) * 4;
-    if (block.count == 1) return (Fetch){words + AHEAD_BYTES, TILE * 4};
-    return (Fetch){words + tile_bytes + tile_bytes * block.index / block.count, max_int(1, TILE * 4 / block.count)};
+    const int64_t bytes = tile_bytes(m);
+    const int step_bytes = is_short(m) ? GROUP_BYTES : TILE * 4;
+    if (block.count == 1) return (Fetch){tile_at(m, tile) + AHEAD_BYTES, step_bytes};
+    return (Fetch){tile_at(m, tile) + bytes + bytes * block.index / block.count, max_int(1, step_bytes / block.count)};
 }
 
-// A few rows times a few tiles, held in registers while words go by. Of `sums` and `code_sums` one is used; one array
-// for both types would have the compiler copy its vectors to and fro.
-INLINE void multiply_block(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int num_tiles,
-                           Kind kind) {
-    const int64_t stride = m->num_words, to_next_tile = tile_words(m);
-    const uint32_t *x = p->x + block.row * stride, *w = m->words + tile * to_next_tile;
+// Of both arrays one is used; one for both types would have the compiler copy its vectors to and fro.
+typedef vec Sums[MAX_ROWS][2 * MAX_TILES];
+typedef ivec CodeSums[MAX_ROWS][2 * MAX_TILES];
+
+INLINE void fetch_ahead(Fetch fetch, int64_t to_next_tile, int num_tiles) {
+#pragma GCC unroll 16
+    for (int j = 0; j < num_tiles; j++)
+        for (int byte = 0; byte < fetch.bytes; byte += 64)
+            __builtin_prefetch(fetch.ahead + j * to_next_tile + byte, 0, 2);
+}
+
+// Adds the products of one word of each row, the first of which is at `x`.
+INLINE void add_word(const uint32_t *x, int64_t stride, const uvec *weights, int num_rows, int num_tiles, Kind kind,
+                     Sums sums, CodeSums code_sums) {
+#pragma GCC unroll 16
+    for (int i = 0; i < num_rows; i++) {
+        const uvec both = splat_word(x[i * stride]);
+#pragma GCC unroll 16
+        for (int j = 0; j < 2 * num_tiles; j++) {
+            if (kind == CODE_DOTS) code_sums[i][j] = dot_codes(both, weights[j], code_sums[i][j]);
+            else if (kind == FLOAT_WORDS) sums[i][j] = multiply_add((vec)both, (vec)weights[j], sums[i][j]);
+            else if (kind == PAIR_DOTS) sums[i][j] = dot_bf16(both, weights[j], sums[i][j]);
+            else {
+                sums[i][j] = multiply_add(first_bf16(both), first_bf16(weights[j]), sums[i][j]);
+                sums[i][j] = multiply_add(second_bf16(both), second_bf16(weights[j]), sums[i][j]);
+            }
+        }
+    }
+}
+
+INLINE void add_words(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int num_tiles, Kind kind,
+                      Sums sums, CodeSums code_sums) {
+    const int64_t stride = m->num_words, to_next_tile = tile_bytes(m);
+    const uint32_t *x = p->x + block.row * stride;
+    const char *words = tile_at(m, tile);
     Fetch fetch = plan_fetch(m, tile, block);
-    vec sums[MAX_ROWS][2 * MAX_TILES];
-    ivec code_sums[MAX_ROWS][2 * MAX_TILES];
+    for (int word = 0; word < m->num_words; word++, words += 4 * TILE, fetch.ahead += fetch.bytes) {
+        uvec weights[2 * MAX_TILES];
+#pragma GCC unroll 16
+        for (int j = 0; j < 2 * num_tiles; j++)
+            weights[j] = load_words(words + (j / 2) * to_next_tile + (j % 2) * 4 * LANES);
+        fetch_ahead(fetch, to_next_tile, num_tiles);
+        add_word(x + word, stride, weights, num_rows, num_tiles, kind, sums, code_sums);
+    }
+}
+
+// The same, of groups that are widened in registers, up to one that has escaped, and on behind it.
+INLINE void add_shorts(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int num_tiles, Kind kind,
+                       Sums sums, CodeSums code_sums) {
+    const int num_groups = m->num_words / GROUP_WORDS;
+    const int64_t stride = m->num_words, to_next_tile = tile_bytes(m);
+    const uint32_t *x = p->x + block.row * stride;
+    const uint8_t *groups = (const uint8_t *)tile_at(m, tile);
+    Fetch fetch = plan_fetch(m, tile, block);
+    uvec palettes[MAX_TILES], first[2 * MAX_TILES], second[2 * MAX_TILES];
+    Escapes escapes[MAX_TILES];
+#pragma GCC unroll 16
+    for (int j = 0; j < num_tiles; j++) {
+        palettes[j] = load_palette(m->shorts.palettes + (tile + j) * PALETTE);
+        escapes[j] = escapes_of(&m->shorts, tile + j);
+    }
+    for (int group = 0;; group++) {
+        int until = num_groups;
+#pragma GCC unroll 16
+        for (int j = 0; j < num_tiles; j++) until = min_int(until, *escapes[j].next);
+        for (; group < until; group++, groups += GROUP_BYTES, fetch.ahead += fetch.bytes) {
+#pragma GCC unroll 16
+            for (int j = 0; j < num_tiles; j++)
+                widen(groups + j * to_next_tile, palettes[j], first + 2 * j, second + 2 * j);
+            fetch_ahead(fetch, to_next_tile, num_tiles);
+            add_word(x + 2 * group, stride, first, num_rows, num_tiles, kind, sums, code_sums);
+            add_word(x + 2 * group + 1, stride, second, num_rows, num_tiles, kind, sums, code_sums);
+        }
+        if (group == num_groups) return;
+#pragma GCC unroll 16
+        for (int j = 0; j < num_tiles; j++) {
+            widen(groups + j * to_next_tile, palettes[j], first + 2 * j, second + 2 * j);
+            if (*escapes[j].next != group) continue;
+            for (int half = 0; half < 2; half++) {
+                first[2 * j + half] = load_words(escapes[j].words + half * LANES);
+                second[2 * j + half] = load_words(escapes[j].words + TILE + half * LANES);
+            }
+            escapes[j].next++, escapes[j].words += GROUP_WORDS * TILE;
+        }
+        add_word(x + 2 * group, stride, first, num_rows, num_tiles, kind, sums, code_sums);
+        add_word(x + 2 * group + 1, stride, second, num_rows, num_tiles, kind, sums, code_sums);
+        groups += GROUP_BYTES, fetch.ahead += fetch.bytes;
+    }
+}
+
+// A few rows times a few tiles, held in registers while words go by.
+INLINE void multiply_block(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int num_tiles,
+                           Kind kind, int are_short) {
+    Sums sums;
+    CodeSums code_sums;
 #pragma GCC unroll 16
     for (int i = 0; i < num_rows; i++)
 #pragma GCC unroll 16
@@ -132,30 +232,8 @@ INLINE void multiply_block(const Matrix *m, const Product *p, Block block, int t
             if (kind == CODE_DOTS) code_sums[i][j] = (ivec){0};
             else sums[i][j] = load(m->bias + tile * TILE + j * LANES);
         }
-    for (int word = 0; word < m->num_words; word++, w += TILE, fetch.ahead += fetch.bytes) {
-        uvec weights[2 * MAX_TILES];
-#pragma GCC unroll 16
-        for (int j = 0; j < 2 * num_tiles; j++) weights[j] = load_words(w + (j / 2) * to_next_tile + (j % 2) * LANES);
-#pragma GCC unroll 16
-        for (int j = 0; j < num_tiles; j++)
-            for (int byte = 0; byte < fetch.bytes; byte += 64)
-                __builtin_prefetch(fetch.ahead + 4 * j * to_next_tile + byte, 0, 2);
-#pragma GCC unroll 16
-        for (int i = 0; i < num_rows; i++) {
-            const uvec both = splat_word(x[i * stride + word]);
-#pragma GCC unroll 16
-            for (int j = 0; j < 2 * num_tiles; j++) {
-                if (kind == CODE_DOTS) code_sums[i][j] = dot_codes(both, weights[j], code_sums[i][j]);
-                else if (kind == FLOAT_WORDS)
-                    sums[i][j] = multiply_add((vec)both, (vec)weights[j], sums[i][j]);
-                else if (kind == PAIR_DOTS) sums[i][j] = dot_bf16(both, weights[j], sums[i][j]);
-                else {
-                    sums[i][j] = multiply_add(first_bf16(both), first_bf16(weights[j]), sums[i][j]);
-                    sums[i][j] = multiply_add(second_bf16(both), second_bf16(weights[j]), sums[i][j]);
-                }
-            }
-        }
-    }
+    if (are_short) add_shorts(m, p, block, tile, num_rows, num_tiles, kind, sums, code_sums);
+    else add_words(m, p, block, tile, num_rows, num_tiles, kind, sums, code_sums);
     for (int i = 0; i < num_rows; i++) {
         if (kind == CODE_DOTS)
             for (int j = 0; j < 2 * num_tiles; j++)
@@ -165,38 +243,44 @@ INLINE void multiply_block(const Matrix *m, const Product *p, Block block, int t
 }
 
 // Few rows leave registers for a second tile: more chains at a time, and two streams for the memory to follow.
-INLINE void multiply_tiles(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows, Kind kind) {
+INLINE void multiply_tiles(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows, Kind kind,
+                           int are_short) {
     const int at_once = num_rows <= 3 ? MAX_TILES : 1;
     int tile = from;
-    for (; tile + at_once <= to; tile += at_once) multiply_block(m, p, block, tile, num_rows, at_once, kind);
-    if (tile < to) multiply_block(m, p, block, tile, num_rows, 1, kind);
+    for (; tile + at_once <= to; tile += at_once) multiply_block(m, p, block, tile, num_rows, at_once, kind, are_short);
+    if (tile < to) multiply_block(m, p, block, tile, num_rows, 1, kind, are_short);
 }
 
-INLINE void multiply_rows(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows, Kind kind) {
+INLINE void multiply_rows(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows, Kind kind,
+                          int are_short) {
     switch (num_rows) {
-        case 1: multiply_tiles(m, p, block, from, to, 1, kind); break;
-        case 2: multiply_tiles(m, p, block, from, to, 2, kind); break;
-        case 3: multiply_tiles(m, p, block, from, to, 3, kind); break;
-        case 4: multiply_tiles(m, p, block, from, to, 4, kind); break;
-        case 5: multiply_tiles(m, p, block, from, to, 5, kind); break;
-        case 6: multiply_tiles(m, p, block, from, to, 6, kind); break;
+        case 1: multiply_tiles(m, p, block, from, to, 1, kind, are_short); break;
+        case 2: multiply_tiles(m, p, block, from, to, 2, kind, are_short); break;
+        case 3: multiply_tiles(m, p, block, from, to, 3, kind, are_short); break;
+        case 4: multiply_tiles(m, p, block, from, to, 4, kind, are_short); break;
+        case 5: multiply_tiles(m, p, block, from, to, 5, kind, are_short); break;
+        case 6: multiply_tiles(m, p, block, from, to, 6, kind, are_short); break;
 #if LANES == 16
-        case 7: multiply_tiles(m, p, block, from, to, 7, kind); break;
-        case 8: multiply_tiles(m, p, block, from, to, 8, kind); break;
+        case 7: multiply_tiles(m, p, block, from, to, 7, kind, are_short); break;
+        case 8: multiply_tiles(m, p, block, from, to, 8, kind, are_short); break;
 #endif
     }
 }
 
 static void multiply_floats(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
-    multiply_rows(m, p, block, from, to, num_rows, FLOAT_WORDS);
+    multiply_rows(m, p, block, from, to, num_rows, FLOAT_WORDS, 0);
 }
 
 static void multiply_bf16s(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
-    multiply_rows(m, p, block, from, to, num_rows, HAS_BF16_DOT ? PAIR_DOTS : PAIRS);
+    multiply_rows(m, p, block, from, to, num_rows, HAS_BF16_DOT ? PAIR_DOTS : PAIRS, 0);
+}
+
+static void multiply_shorts(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
+    if (HAS_SHORTS) multiply_rows(m, p, block, from, to, num_rows, HAS_BF16_DOT ? PAIR_DOTS : PAIRS, 1);
 }
 
 static void multiply_codes(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
-    multiply_rows(m, p, block, from, to, num_rows, CODE_DOTS);
+    multiply_rows(m, p, block, from, to, num_rows, CODE_DOTS, 0);
 }
 
 // With tile registers: 4 to 7 hold two sets of rows and two halves of a tile, 0 to 3 the sums of each pair of them.
@@ -302,6 +386,7 @@ static void multiply_panel(const Matrix *m, const Product *p, int first, int las
             else switch (m->numbers) {
                 case FLOATS: multiply_floats(m, p, block, tile, tile + step, num_rows); break;
                 case BF16S: multiply_bf16s(m, p, block, tile, tile + step, num_rows); break;
+                case SHORT_BF16S: multiply_shorts(m, p, block, tile, tile + step, num_rows); break;
                 default: multiply_codes(m, p, block, tile, tile + step, num_rows);
             }
         }
@@ -328,7 +413,7 @@ static void fetch_start(const Matrix *m, int num_rows, int thread) {
     const int num_parts = num_tiles(m) * ceil_div(num_rows, rows_per_panel(m, num_rows));
     const int tile = share_start(thread, num_parts) % num_tiles(m);
     for (int byte = 0; byte < START_BYTES; byte += 64)
-        __builtin_prefetch((const char *)(m->words + tile * tile_words(m)) + byte, 0, 2);
+        __builtin_prefetch(tile_at(m, tile) + byte, 0, 2);
 }
 
 // A thread's part of a product. Parts are tiles, of one panel of rows after the other.
