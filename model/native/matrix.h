@@ -113,9 +113,10 @@ INLINE vec scaled_codes(const Matrix *m, const Product *p, int row, int output, 
 // Some rows that are held in registers together: block number `index` of `count` that meet a tile one after the other.
 typedef struct {
     int row, index, count;
+    uint32_t *wide;  // room for the tile, or NULL: where shorts are widened by the first block for those after it
 } Block;
 
-// What memory is to fetch while a block of rows meets a word of a tile, or a group: so many bytes from `ahead` on.
+// What memory is to fetch at each step of a block of rows along a tile: so many bytes from `ahead` on.
 typedef struct {
     const char *ahead;
     int bytes;
@@ -123,9 +124,9 @@ typedef struct {
 
 // A single block of rows fetches what it needs soon. Several share the next tile among them, so that memory is as busy
 // during the last block, which finds its tile near, as during the first.
-INLINE Fetch plan_fetch(const Matrix *m, int tile, Block block) {
+INLINE Fetch plan_fetch(const Matrix *m, int tile, Block block, int words_per_step) {
     const int64_t bytes = tile_bytes(m);
-    const int step_bytes = is_short(m) ? GROUP_BYTES : TILE * 4;
+    const int step_bytes = (is_short(m) ? GROUP_BYTES / GROUP_WORDS : TILE * 4) * words_per_step;
     if (block.count == 1) return (Fetch){tile_at(m, tile) + AHEAD_BYTES, step_bytes};
     return (Fetch){tile_at(m, tile) + bytes + bytes * block.index / block.count, max_int(1, step_bytes / block.count)};
 }
@@ -164,8 +165,8 @@ INLINE void add_words(const Matrix *m, const Product *p, Block block, int tile, 
                       Sums sums, CodeSums code_sums) {
     const int64_t stride = m->num_words, to_next_tile = tile_bytes(m);
     const uint32_t *x = p->x + block.row * stride;
-    const char *words = tile_at(m, tile);
-    Fetch fetch = plan_fetch(m, tile, block);
+    const char *words = block.wide != NULL ? (const char *)block.wide : tile_at(m, tile);
+    Fetch fetch = plan_fetch(m, tile, block, 1);
     for (int word = 0; word < m->num_words; word++, words += 4 * TILE, fetch.ahead += fetch.bytes) {
         uvec weights[2 * MAX_TILES];
 #pragma GCC unroll 16
@@ -176,14 +177,31 @@ INLINE void add_words(const Matrix *m, const Product *p, Block block, int tile, 
     }
 }
 
+// How a block of rows meets its tile: as it is packed, or as shorts that it widens, or widens and leaves in the block's
+// room, which costs nothing beside so many products.
+typedef enum { AS_PACKED, WIDENING, LEAVING_WIDE } Meeting;
+
+// A group of two words, after which they may be left for others.
+INLINE void add_group(const uint32_t *x, int64_t stride, const uvec *first, const uvec *second, int num_rows,
+                      int num_tiles, Kind kind, uint32_t *wide, Sums sums, CodeSums code_sums) {
+    if (wide != NULL)
+        for (int half = 0; half < 2; half++) {
+            store_words(wide + half * LANES, first[half]);
+            store_words(wide + TILE + half * LANES, second[half]);
+        }
+    add_word(x, stride, first, num_rows, num_tiles, kind, sums, code_sums);
+    add_word(x + 1, stride, second, num_rows, num_tiles, kind, sums, code_sums);
+}
+
 // The same, of groups that are widened in registers, up to one that has escaped, and on behind it.
 INLINE void add_shorts(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int num_tiles, Kind kind,
-                       Sums sums, CodeSums code_sums) {
+                       int leaves, Sums sums, CodeSums code_sums) {
     const int num_groups = m->num_words / GROUP_WORDS;
     const int64_t stride = m->num_words, to_next_tile = tile_bytes(m);
     const uint32_t *x = p->x + block.row * stride;
     const uint8_t *groups = (const uint8_t *)tile_at(m, tile);
-    Fetch fetch = plan_fetch(m, tile, block);
+    uint32_t *wide = block.wide;
+    Fetch fetch = plan_fetch(m, tile, block, GROUP_WORDS);
     uvec palettes[MAX_TILES], first[2 * MAX_TILES], second[2 * MAX_TILES];
     Escapes escapes[MAX_TILES];
 #pragma GCC unroll 16
@@ -200,8 +218,9 @@ INLINE void add_shorts(const Matrix *m, const Product *p, Block block, int tile,
             for (int j = 0; j < num_tiles; j++)
                 widen(groups + j * to_next_tile, palettes[j], first + 2 * j, second + 2 * j);
             fetch_ahead(fetch, to_next_tile, num_tiles);
-            add_word(x + 2 * group, stride, first, num_rows, num_tiles, kind, sums, code_sums);
-            add_word(x + 2 * group + 1, stride, second, num_rows, num_tiles, kind, sums, code_sums);
+            add_group(x + 2 * group, stride, first, second, num_rows, num_tiles, kind, leaves ? wide : NULL, sums,
+                      code_sums);
+            if (leaves) wide += GROUP_WORDS * TILE;
         }
         if (group == num_groups) return;
 #pragma GCC unroll 16
@@ -214,15 +233,16 @@ INLINE void add_shorts(const Matrix *m, const Product *p, Block block, int tile,
             }
             escapes[j].next++, escapes[j].words += GROUP_WORDS * TILE;
         }
-        add_word(x + 2 * group, stride, first, num_rows, num_tiles, kind, sums, code_sums);
-        add_word(x + 2 * group + 1, stride, second, num_rows, num_tiles, kind, sums, code_sums);
+        add_group(x + 2 * group, stride, first, second, num_rows, num_tiles, kind, leaves ? wide : NULL, sums,
+                  code_sums);
+        if (leaves) wide += GROUP_WORDS * TILE;
         groups += GROUP_BYTES, fetch.ahead += fetch.bytes;
     }
 }
 
 // A few rows times a few tiles, held in registers while words go by.
 INLINE void multiply_block(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int num_tiles,
-                           Kind kind, int are_short) {
+                           Kind kind, Meeting meeting) {
     Sums sums;
     CodeSums code_sums;
 #pragma GCC unroll 16
@@ -232,8 +252,8 @@ INLINE void multiply_block(const Matrix *m, const Product *p, Block block, int t
             if (kind == CODE_DOTS) code_sums[i][j] = (ivec){0};
             else sums[i][j] = load(m->bias + tile * TILE + j * LANES);
         }
-    if (are_short) add_shorts(m, p, block, tile, num_rows, num_tiles, kind, sums, code_sums);
-    else add_words(m, p, block, tile, num_rows, num_tiles, kind, sums, code_sums);
+    if (meeting == AS_PACKED) add_words(m, p, block, tile, num_rows, num_tiles, kind, sums, code_sums);
+    else add_shorts(m, p, block, tile, num_rows, num_tiles, kind, meeting == LEAVING_WIDE, sums, code_sums);
     for (int i = 0; i < num_rows; i++) {
         if (kind == CODE_DOTS)
             for (int j = 0; j < 2 * num_tiles; j++)
@@ -244,43 +264,46 @@ INLINE void multiply_block(const Matrix *m, const Product *p, Block block, int t
 
 // Few rows leave registers for a second tile: more chains at a time, and two streams for the memory to follow.
 INLINE void multiply_tiles(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows, Kind kind,
-                           int are_short) {
+                           Meeting meeting) {
     const int at_once = num_rows <= 3 ? MAX_TILES : 1;
     int tile = from;
-    for (; tile + at_once <= to; tile += at_once) multiply_block(m, p, block, tile, num_rows, at_once, kind, are_short);
-    if (tile < to) multiply_block(m, p, block, tile, num_rows, 1, kind, are_short);
+    for (; tile + at_once <= to; tile += at_once) multiply_block(m, p, block, tile, num_rows, at_once, kind, meeting);
+    if (tile < to) multiply_block(m, p, block, tile, num_rows, 1, kind, meeting);
 }
 
 INLINE void multiply_rows(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows, Kind kind,
-                          int are_short) {
+                          Meeting meeting) {
     switch (num_rows) {
-        case 1: multiply_tiles(m, p, block, from, to, 1, kind, are_short); break;
-        case 2: multiply_tiles(m, p, block, from, to, 2, kind, are_short); break;
-        case 3: multiply_tiles(m, p, block, from, to, 3, kind, are_short); break;
-        case 4: multiply_tiles(m, p, block, from, to, 4, kind, are_short); break;
-        case 5: multiply_tiles(m, p, block, from, to, 5, kind, are_short); break;
-        case 6: multiply_tiles(m, p, block, from, to, 6, kind, are_short); break;
+        case 1: multiply_tiles(m, p, block, from, to, 1, kind, meeting); break;
+        case 2: multiply_tiles(m, p, block, from, to, 2, kind, meeting); break;
+        case 3: multiply_tiles(m, p, block, from, to, 3, kind, meeting); break;
+        case 4: multiply_tiles(m, p, block, from, to, 4, kind, meeting); break;
+        case 5: multiply_tiles(m, p, block, from, to, 5, kind, meeting); break;
+        case 6: multiply_tiles(m, p, block, from, to, 6, kind, meeting); break;
 #if LANES == 16
-        case 7: multiply_tiles(m, p, block, from, to, 7, kind, are_short); break;
-        case 8: multiply_tiles(m, p, block, from, to, 8, kind, are_short); break;
+        case 7: multiply_tiles(m, p, block, from, to, 7, kind, meeting); break;
+        case 8: multiply_tiles(m, p, block, from, to, 8, kind, meeting); break;
 #endif
     }
 }
 
 static void multiply_floats(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
-    multiply_rows(m, p, block, from, to, num_rows, FLOAT_WORDS, 0);
+    multiply_rows(m, p, block, from, to, num_rows, FLOAT_WORDS, AS_PACKED);
 }
 
 static void multiply_bf16s(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
-    multiply_rows(m, p, block, from, to, num_rows, HAS_BF16_DOT ? PAIR_DOTS : PAIRS, 0);
+    multiply_rows(m, p, block, from, to, num_rows, HAS_BF16_DOT ? PAIR_DOTS : PAIRS, AS_PACKED);
 }
 
 static void multiply_shorts(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
-    if (HAS_SHORTS) multiply_rows(m, p, block, from, to, num_rows, HAS_BF16_DOT ? PAIR_DOTS : PAIRS, 1);
+    if (HAS_SHORTS && block.wide != NULL)
+        multiply_rows(m, p, block, from, to, num_rows, HAS_BF16_DOT ? PAIR_DOTS : PAIRS, LEAVING_WIDE);
+    else if (HAS_SHORTS)
+        multiply_rows(m, p, block, from, to, num_rows, HAS_BF16_DOT ? PAIR_DOTS : PAIRS, WIDENING);
 }
 
 static void multiply_codes(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
-    multiply_rows(m, p, block, from, to, num_rows, CODE_DOTS, 0);
+    multiply_rows(m, p, block, from, to, num_rows, CODE_DOTS, AS_PACKED);
 }
 
 // With tile registers: 4 to 7 hold two sets of rows and two halves of a tile, 0 to 3 the sums of each pair of them.
@@ -310,7 +333,7 @@ INLINE void multiply_block_tmm(const Matrix *m, const Product *p, Block block, i
     const uint32_t *x = p->x + (int64_t)block.row * m->num_words, *w = m->words + tile * tile_words(m);
     const int num_whole = m->num_words / TMM_WORDS * TMM_WORDS;
     // Memory is kept busy while sums are made and while they are stored, which take about so many cycles.
-    const Fetch fetch = plan_fetch(m, tile, block);
+    const Fetch fetch = plan_fetch(m, tile, block, 1);
     const int num_steps = ceil_div(m->num_words, TMM_WORDS), num_lines = num_steps * TMM_WORDS * fetch.bytes / 64;
     const int64_t step_cycles = num_steps * (has_lower ? 128 : 64), row_cycles = num_rows * (m->is_gated ? 48 : 24);
     const int lines_per_step = ceil_div((int)(num_lines * step_cycles / (step_cycles + row_cycles)), num_steps);
@@ -373,20 +396,27 @@ static void multiply_tmm(const Matrix *m, const Product *p, Block block, int fro
 
 INLINE int max_rows(const Matrix *m) { return fits_tmm(m) ? MAX_TMM_ROWS : MAX_ROWS; }
 
+#define WIDE_WORDS 3072  // of a widened tile that there is room for
+
 // The rows [first, last) times the tiles [from, to), in blocks of about equal numbers of rows.
 static void multiply_panel(const Matrix *m, const Product *p, int first, int last, int from, int to, int *shaped_for) {
     const int num_blocks = ceil_div(last - first, max_rows(m));
     const int per_block = ceil_div(last - first, num_blocks);
     // All blocks of rows meet a tile while it is near; a single block goes along all tiles.
     const int step = num_blocks == 1 ? to - from : 1;
+    uint32_t room[HAS_SHORTS ? WIDE_WORDS * TILE : 1] __attribute__((aligned(64)));
+    uint32_t *wide = is_short(m) && num_blocks > 1 && m->num_words <= WIDE_WORDS ? room : NULL;
     for (int tile = from; tile < to; tile += step)
-        for (Block block = {first, 0, num_blocks}; block.row < last; block.index++, block.row += per_block) {
+        for (Block block = {first, 0, num_blocks, wide}; block.row < last; block.index++, block.row += per_block) {
             const int num_rows = min_int(per_block, last - block.row);
             if (fits_tmm(m)) multiply_tmm(m, p, block, tile, tile + step, num_rows, shaped_for);
             else switch (m->numbers) {
                 case FLOATS: multiply_floats(m, p, block, tile, tile + step, num_rows); break;
                 case BF16S: multiply_bf16s(m, p, block, tile, tile + step, num_rows); break;
-                case SHORT_BF16S: multiply_shorts(m, p, block, tile, tile + step, num_rows); break;
+                case SHORT_BF16S:
+                    if (wide != NULL && block.index > 0) multiply_bf16s(m, p, block, tile, tile + step, num_rows);
+                    else multiply_shorts(m, p, block, tile, tile + step, num_rows);
+                    break;
                 default: multiply_codes(m, p, block, tile, tile + step, num_rows);
             }
         }

@@ -16,7 +16,7 @@
 #include "simd.h"
 
 #define MAX_THREADS 255
-#define STACK_BYTES (1 << 20)  // parts keep what they work on there; some C libraries give less by default
+#define STACK_BYTES (2 << 20)  // parts keep what they work on there; some C libraries give less by default
 #define MOST_PATIENCE 50000  // nanoseconds before a thread sleeps that waits
 #define LEAST_PATIENCE 1000
 
