@@ -39,7 +39,7 @@ def spread(kind: str, shape: tuple[int, int]) -> Tensor:
 
 @pytest.mark.parametrize("level", [level for level in LEVELS if level.startswith("v4") and level != "v4_amx"])
 @pytest.mark.parametrize("is_gated", [False, True])
-@pytest.mark.parametrize("shape", [(64, 40), (1028, 66), (62, 34), (3, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 40), (1028, 66), (6148, 34), (62, 34), (3, 32)], ids=str)
 @pytest.mark.parametrize("kind", ["usual", "a_few_others", "ends_of_tiles", "all_alike", "zeros", "everything"])
 def test_twelve_bits_lose_nothing(level: str, kind: str, shape: tuple[int, int], is_gated: bool) -> None:
     """The same bits as of plain words, in three quarters of the room where exponents are as usual."""
