@@ -23,9 +23,7 @@ MAX_CODED_INPUTS = (2**31 - 1) // (255 * 127)
 """Products of codes, one of them up to 255 where it is kept with 128 added, are summed in 32 bits."""
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 ROWS_AT_ONCE = 4096
-PALETTE, GROUP_WORDS = 16, 2
-"""Constants of model/native/shorts.h."""
-MOST_ESCAPED = 0.1
+MAX_ESCAPED_SHARE = 0.1
 """Of a matrix's groups; with more, keeping them beside the others saves too little."""
 
 
@@ -69,7 +67,7 @@ class PackedWords(NamedTuple):
 
 
 class NativeLinears:
-    """Packs matrices whose inputs and results are of one dtype, as they are or as 8-bit codes."""
+    """Packs matrices with inputs and results of one dtype: as they are, in 12 bits without loss, or in 8-bit codes."""
 
     def __init__(self, kernels: Kernels, dtype: torch.dtype, *, has_codes: bool = False) -> None:
         """Raises ValueError for a dtype that the kernels do not take."""
@@ -82,11 +80,16 @@ class NativeLinears:
         self.row_words: int = library.quire_row_words()
         self.code_offset: int = library.quire_code_offset()
         self.shortens = bool(library.quire_has_shorts()) and dtype is torch.bfloat16 and not has_codes
+        """Whether bfloat16 is kept in 12 bits, where that can be and saves room; see model/native/shorts.h."""
+        self.short_palette: int = library.quire_short_palette()
+        self.group_words: int = library.quire_group_words()
+        self.group_bytes: int = library.quire_group_bytes()
         self.memory = HugePages()
-        self._library = library
         self.multiply = library.quire_multiply
         self.multiply.argtypes = (ctypes.POINTER(Matrix), *(_POINTER,) * 5, *(_INT,) * 5)
-        self.multiply.restype = None
+        self._choose_palettes, self._shorten = library.quire_choose_palettes, library.quire_shorten
+        self._choose_palettes.argtypes = self._shorten.argtypes = (ctypes.POINTER(_Shortening), _INT)
+        self.multiply.restype = self._choose_palettes.restype = self._shorten.restype = None
 
     def pack(
         self, weight_OI: Tensor, bias_O: Tensor | None = None, *, is_gated: bool = False, keeps_float32: bool = False
@@ -98,27 +101,34 @@ class NativeLinears:
         """
         return NativeLinear(self, weight_OI, bias_O, is_gated, keeps_float32)
 
-    def shorten(self, words_TWO: Tensor) -> PackedWords | None:
-        """The same numbers in 12 bits each; None where that cannot be, or would not save much."""
-        num_tiles, num_words, _ = words_TWO.shape
-        if num_words % GROUP_WORDS:
-            return None
-        num_groups, num_threads = num_words // GROUP_WORDS, torch.get_num_threads()
-        palettes = torch.empty(num_tiles, PALETTE, dtype=torch.uint8)
+    def pack_rows(self, rows_OI: Tensor) -> PackedWords:
+        """Whole tiles of rows, in 12 bits where this `shortens`, they have whole groups and few escapes."""
+        if not self.shortens or num_words(rows_OI) % self.group_words:
+            return PackedWords(pack_words(rows_OI, self.tile, self.row_words, self.memory.zeros))
+        words_TWO = pack_words(rows_OI, self.tile, self.row_words, torch.zeros)
+        short = self._shortened(words_TWO)
+        return short or PackedWords(self.memory.zeros(*words_TWO.shape, dtype=torch.int32).copy_(words_TWO))
+
+    def _shortened(self, words_TWO: Tensor) -> PackedWords | None:
+        """The same numbers in 12 bits each; None where that would not save much. W is a multiple of `group_words`."""
+        num_tiles, per_row, _ = words_TWO.shape
+        num_groups, num_threads = per_row // self.group_words, torch.get_num_threads()
+        palettes = torch.empty(num_tiles, self.short_palette, dtype=torch.uint8)
         num_escapes = torch.empty(num_tiles, dtype=torch.int32)
-        work = _Shortening(words_TWO.data_ptr(), num_tiles, num_words, palettes.data_ptr(), num_escapes.data_ptr())
-        self._library.quire_choose_palettes(ctypes.byref(work), num_threads)
-        total = int(num_escapes.sum())
-        if total > MOST_ESCAPED * num_tiles * num_groups:
+        work = _Shortening(words_TWO.data_ptr(), num_tiles, per_row, palettes.data_ptr(), num_escapes.data_ptr())
+        self._choose_palettes(work, num_threads)
+        num_escaped = int(num_escapes.sum())
+        if num_escaped > MAX_ESCAPED_SHARE * num_tiles * num_groups:
             return None
         # Each tile's list has an end beside its escapes.
         starts = (num_escapes + 1).cumsum(0, dtype=torch.int32) - num_escapes - 1
-        escapes = torch.empty(total + num_tiles, dtype=torch.int32)
-        escaped = torch.empty(total, GROUP_WORDS, self.tile, dtype=torch.int32)
-        groups = self.memory.zeros(num_tiles, num_groups, GROUP_WORDS * self.tile * 3, dtype=torch.uint8)
+        escapes = torch.empty(num_escaped + num_tiles, dtype=torch.int32)
+        # One at least: the kernels step through it from its address, which an empty tensor has not.
+        escaped = torch.empty(max(1, num_escaped), self.group_words, self.tile, dtype=torch.int32)
+        groups = self.memory.zeros(num_tiles, num_groups, self.group_bytes, dtype=torch.uint8)
         work.escape_starts, work.escapes = starts.data_ptr(), escapes.data_ptr()
         work.escaped, work.groups = escaped.data_ptr(), groups.data_ptr()
-        self._library.quire_shorten(ctypes.byref(work), num_threads)
+        self._shorten(work, num_threads)
         return PackedWords(groups, palettes, starts, escapes, escaped)
 
 
@@ -146,28 +156,23 @@ class NativeLinear:
             self._offsets = _in_tiles(linears.code_offset * sums_O, linears.tile, half)
         else:
             rows_OI = _in_tiles(weight_OI, linears.tile, half)
-        num_words = -(-self._num_inputs * rows_OI.itemsize // WORD_BYTES)
+        self.packed = linears.pack_rows(rows_OI)
+        """Kept alive for `struct`, which has the addresses."""
         numbers = Numbers.CODES if linears.has_codes else _NUMBERS[linears.dtype]
-        packed = None
-        if linears.shortens:
-            packed = linears.shorten(pack_words(rows_OI, linears.tile, linears.row_words, torch.zeros))
-        if packed is not None:
+        if self.packed.palettes is not None:
             numbers = Numbers.SHORT_BF16S
-        else:
-            packed = PackedWords(pack_words(rows_OI, linears.tile, linears.row_words, linears.memory.zeros))
-        self._words, *self._beside = packed
         self._num_outputs = num_outputs // 2 if is_gated else num_outputs
+        words, *of_shorts = map(_pointer, self.packed)
         self.struct = Matrix(
-            *(_pointer(tensor) for tensor in (self._words, self._bias, self._scales, self._offsets)),
-            *map(_pointer, self._beside),
-            *(self._num_outputs, num_words, numbers, is_gated),
+            *(words, *map(_pointer, (self._bias, self._scales, self._offsets)), *of_shorts),
+            *(self._num_outputs, num_words(rows_OI), numbers, is_gated),
         )
         """For the kernels; it lives as long as this object."""
 
     @property
     def num_bytes(self) -> int:
         """Memory that the packed matrix takes."""
-        tensors = (self._words, self._bias, self._scales, self._offsets, *self._beside)
+        tensors = (*self.packed, self._bias, self._scales, self._offsets)
         return sum(one.nbytes for one in tensors if one is not None)
 
     def __call__(self, x_MI: Tensor, residual_MO: Tensor | None = None) -> Tensor:
@@ -219,6 +224,11 @@ def _in_tiles(outputs: Tensor, tile: int, half: int | None) -> Tensor:
 def _padding(rows: Tensor, multiple: int) -> tuple[int, ...]:
     """For `pad`, which counts dimensions from the last: zeros behind the first dimension."""
     return (*(0, 0) * (rows.dim() - 1), 0, -len(rows) % multiple)
+
+
+def num_words(rows_OI: Tensor) -> int:
+    """Words of each row: the last one may be filled up."""
+    return -(-rows_OI.shape[1] * rows_OI.itemsize // WORD_BYTES)
 
 
 def pack_words(rows_OI: Tensor, tile: int, row_words: int, zeros: Callable[..., Tensor]) -> Tensor:

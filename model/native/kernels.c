@@ -45,8 +45,14 @@ EXPORTED int quire_tile(void) { return TILE; }
 // How many words the rows of a packed weight are filled up to multiples of.
 EXPORTED int quire_row_words(void) { return ROW_WORDS; }
 
-// Whether this level keeps bfloat16 in 12 bits; see shorts.h.
+// Whether this level keeps bfloat16 in 12 bits, and how large the parts are that it keeps them in; see shorts.h.
 EXPORTED int quire_has_shorts(void) { return HAS_SHORTS; }
+
+EXPORTED int quire_short_palette(void) { return SHORT_PALETTE; }
+
+EXPORTED int quire_group_words(void) { return GROUP_WORDS; }
+
+EXPORTED int quire_group_bytes(void) { return GROUP_BYTES; }
 
 static void choose_palettes(void *work, int thread) {
     const Shortening *s = work;
@@ -156,7 +162,7 @@ EXPORTED int quire_few_rows(void) { return FEW_ROWS; }
 // The sizes of the structs that callers fill in.
 EXPORTED int quire_struct_size(int index) {
     const size_t sizes[] = {sizeof(Matrix), sizeof(Attention), sizeof(Rotation), sizeof(Layer), sizeof(Room),
-                            sizeof(Decoder), sizeof(Row), sizeof(Step)};
+                            sizeof(Decoder), sizeof(Row), sizeof(Step), sizeof(Shortening)};
     return (int)sizes[index];
 }
 

@@ -11,7 +11,7 @@
 // first half of each tile are outputs of the gate, the second half the same outputs of the other, and y is
 // silu(gate) * other (Shazeer, 2020).
 //
-// Pairs of bfloat16 can be kept in three quarters of the room, without loss: shorts.h.
+// Pairs of bfloat16 can be kept in about three quarters of the room, without loss: shorts.h.
 //
 // 8-bit codes: W[o][i] = scale[o] * code[o][i], and x[i] = scale * code[i] with a scale for each row of x. Their
 // products are added up as integers, which is exact, and scaled once. Where the machine multiplies unsigned by signed
@@ -25,13 +25,11 @@
 
 #include "amx.h"
 #include "rowwise.h"
+#include "shorts.h"
+#include "team.h"
 
 #include <stddef.h>
 #include <unistd.h>
-
-#define TILE (2 * LANES)
-
-#include "shorts.h"
 
 #define MAX_ROWS (LANES == 16 ? 8 : 6)  // two sums for each: 6 fill 16 registers; 12 fit in 32, but are slower (LOG.md)
 #define MAX_TMM_ROWS (2 * TMM_ROWS)      // what the tile registers hold
@@ -45,6 +43,8 @@ typedef enum { FLOATS, BF16S, CODES, SHORT_BF16S } Numbers;
 
 // How words are multiplied. PAIRS: two bfloat16 of a word one after the other, on machines without dots of them.
 typedef enum { FLOAT_WORDS, PAIRS, PAIR_DOTS, CODE_DOTS } Kind;
+
+#define BF16_KIND (HAS_BF16_DOT ? PAIR_DOTS : PAIRS)
 
 typedef struct {
     const uint32_t *words;   // [num_tiles][num_words, filled up][TILE]; of shorts [num_tiles][groups][GROUP_BYTES]
@@ -113,7 +113,9 @@ INLINE vec scaled_codes(const Matrix *m, const Product *p, int row, int output, 
 // Some rows that are held in registers together: block number `index` of `count` that meet a tile one after the other.
 typedef struct {
     int row, index, count;
-    uint32_t *wide;  // room for the tile, or NULL: where shorts are widened by the first block for those after it
+    // Room for the tile, or NULL: where the first block widens shorts for those after it. It holds one tile, so that
+    // blocks with room meet one tile at a time (num_tiles == 1).
+    uint32_t *wide;
 } Block;
 
 // What memory is to fetch at each step of a block of rows along a tile: so many bytes from `ahead` on.
@@ -131,7 +133,7 @@ INLINE Fetch plan_fetch(const Matrix *m, int tile, Block block, int words_per_st
     return (Fetch){tile_at(m, tile) + bytes + bytes * block.index / block.count, max_int(1, step_bytes / block.count)};
 }
 
-// Of both arrays one is used; one for both types would have the compiler copy its vectors to and fro.
+// The sums of a block, of codes as integers; one array for both would have the compiler copy its vectors to and fro.
 typedef vec Sums[MAX_ROWS][2 * MAX_TILES];
 typedef ivec CodeSums[MAX_ROWS][2 * MAX_TILES];
 
@@ -177,68 +179,87 @@ INLINE void add_words(const Matrix *m, const Product *p, Block block, int tile, 
     }
 }
 
-// How a block of rows meets its tile: as it is packed, or as shorts that it widens, or widens and leaves in the block's
-// room, which costs nothing beside so many products.
-typedef enum { AS_PACKED, WIDENING, LEAVING_WIDE } Meeting;
-
-// A group of two words, after which they may be left for others.
-INLINE void add_group(const uint32_t *x, int64_t stride, const uvec *first, const uvec *second, int num_rows,
-                      int num_tiles, Kind kind, uint32_t *wide, Sums sums, CodeSums code_sums) {
-    if (wide != NULL)
-        for (int half = 0; half < 2; half++) {
-            store_words(wide + half * LANES, first[half]);
-            store_words(wide + TILE + half * LANES, second[half]);
-        }
-    add_word(x, stride, first, num_rows, num_tiles, kind, sums, code_sums);
-    add_word(x + 1, stride, second, num_rows, num_tiles, kind, sums, code_sums);
-}
-
-// The same, of groups that are widened in registers, up to one that has escaped, and on behind it.
-INLINE void add_shorts(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int num_tiles, Kind kind,
-                       int leaves, Sums sums, CodeSums code_sums) {
-    const int num_groups = m->num_words / GROUP_WORDS;
-    const int64_t stride = m->num_words, to_next_tile = tile_bytes(m);
-    const uint32_t *x = p->x + block.row * stride;
-    const uint8_t *groups = (const uint8_t *)tile_at(m, tile);
-    uint32_t *wide = block.wide;
-    Fetch fetch = plan_fetch(m, tile, block, GROUP_WORDS);
-    uvec palettes[MAX_TILES], first[2 * MAX_TILES], second[2 * MAX_TILES];
+// A block of rows on its way along the shorts of a tile or two.
+typedef struct {
+    const uint32_t *x;  // its first row
+    int64_t stride, to_next_tile;
+    const uint8_t *groups;  // from the one that is met next
+    uvec palettes[MAX_TILES];
     Escapes escapes[MAX_TILES];
+    uint32_t *wide;  // of the block
+    Fetch fetch;
+} Walk;
+
+INLINE Walk start_walk(const Matrix *m, const Product *p, Block block, int tile, int num_tiles) {
+    Walk walk = {.x = p->x + block.row * (int64_t)m->num_words, .stride = m->num_words, .to_next_tile = tile_bytes(m),
+                 .groups = (const uint8_t *)tile_at(m, tile), .wide = block.wide,
+                 .fetch = plan_fetch(m, tile, block, GROUP_WORDS)};
 #pragma GCC unroll 16
     for (int j = 0; j < num_tiles; j++) {
-        palettes[j] = load_palette(m->shorts.palettes + (tile + j) * PALETTE);
-        escapes[j] = escapes_of(&m->shorts, tile + j);
+        walk.palettes[j] = load_palette(m->shorts.palettes + (tile + j) * SHORT_PALETTE);
+        walk.escapes[j] = escapes_of(&m->shorts, tile + j);
     }
-    for (int group = 0;; group++) {
-        int until = num_groups;
+    return walk;
+}
+
+// The next group that has escaped from one of the tiles, or their number of groups.
+INLINE int next_escape(const Walk *walk, int num_tiles) {
+    int group = *walk->escapes[0].next;
 #pragma GCC unroll 16
-        for (int j = 0; j < num_tiles; j++) until = min_int(until, *escapes[j].next);
-        for (; group < until; group++, groups += GROUP_BYTES, fetch.ahead += fetch.bytes) {
+    for (int j = 1; j < num_tiles; j++) group = min_int(group, *walk->escapes[j].next);
+    return group;
+}
+
+// Replaces what was widened for a group by what has escaped of it.
+INLINE void take_escapes(Walk *walk, int group, int num_tiles, uvec *first, uvec *second) {
 #pragma GCC unroll 16
-            for (int j = 0; j < num_tiles; j++)
-                widen(groups + j * to_next_tile, palettes[j], first + 2 * j, second + 2 * j);
-            fetch_ahead(fetch, to_next_tile, num_tiles);
-            add_group(x + 2 * group, stride, first, second, num_rows, num_tiles, kind, leaves ? wide : NULL, sums,
-                      code_sums);
-            if (leaves) wide += GROUP_WORDS * TILE;
+    for (int j = 0; j < num_tiles; j++) {
+        Escapes *escapes = &walk->escapes[j];
+        if (*escapes->next != group) continue;
+        for (int half = 0; half < 2; half++) {
+            first[2 * j + half] = load_words(escapes->words + half * LANES);
+            second[2 * j + half] = load_words(escapes->words + TILE + half * LANES);
         }
-        if (group == num_groups) return;
-#pragma GCC unroll 16
-        for (int j = 0; j < num_tiles; j++) {
-            widen(groups + j * to_next_tile, palettes[j], first + 2 * j, second + 2 * j);
-            if (*escapes[j].next != group) continue;
-            for (int half = 0; half < 2; half++) {
-                first[2 * j + half] = load_words(escapes[j].words + half * LANES);
-                second[2 * j + half] = load_words(escapes[j].words + TILE + half * LANES);
-            }
-            escapes[j].next++, escapes[j].words += GROUP_WORDS * TILE;
-        }
-        add_group(x + 2 * group, stride, first, second, num_rows, num_tiles, kind, leaves ? wide : NULL, sums,
-                  code_sums);
-        if (leaves) wide += GROUP_WORDS * TILE;
-        groups += GROUP_BYTES, fetch.ahead += fetch.bytes;
+        escapes->next++, escapes->words += GROUP_WORDS * TILE;
     }
 }
+
+// Adds the products of a group's two words, which may be left for other blocks: where there are others, a block has so
+// many products that storing beside them costs nothing.
+INLINE void add_group(Walk *walk, int group, int has_escaped, int num_rows, int num_tiles, int leaves_wide, Sums sums) {
+    uvec first[2 * MAX_TILES], second[2 * MAX_TILES];
+#pragma GCC unroll 16
+    for (int j = 0; j < num_tiles; j++)
+        widen(walk->groups + j * walk->to_next_tile, walk->palettes[j], first + 2 * j, second + 2 * j);
+    if (has_escaped) take_escapes(walk, group, num_tiles, first, second);
+    fetch_ahead(walk->fetch, walk->to_next_tile, num_tiles);
+    if (leaves_wide) {
+        for (int half = 0; half < 2; half++) {
+            store_words(walk->wide + half * LANES, first[half]);
+            store_words(walk->wide + TILE + half * LANES, second[half]);
+        }
+        walk->wide += GROUP_WORDS * TILE;
+    }
+    add_word(walk->x + 2 * group, walk->stride, first, num_rows, num_tiles, BF16_KIND, sums, NULL);
+    add_word(walk->x + 2 * group + 1, walk->stride, second, num_rows, num_tiles, BF16_KIND, sums, NULL);
+    walk->groups += GROUP_BYTES, walk->fetch.ahead += walk->fetch.bytes;
+}
+
+// Groups that have not escaped go by without a look at the list: from one that has to the next.
+INLINE void add_shorts(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int num_tiles,
+                       int leaves_wide, Sums sums) {
+    const int num_groups = m->num_words / GROUP_WORDS;
+    Walk walk = start_walk(m, p, block, tile, num_tiles);
+    for (int group = 0;; group++) {
+        const int escape = next_escape(&walk, num_tiles);
+        for (; group < escape; group++) add_group(&walk, group, 0, num_rows, num_tiles, leaves_wide, sums);
+        if (group == num_groups) return;
+        add_group(&walk, group, 1, num_rows, num_tiles, leaves_wide, sums);
+    }
+}
+
+// How a block of rows meets its tile: as it is packed, or as shorts that it widens, or widens and leaves in its room.
+typedef enum { AS_PACKED, WIDENING, LEAVING_WIDE } Meeting;
 
 // A few rows times a few tiles, held in registers while words go by.
 INLINE void multiply_block(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int num_tiles,
@@ -253,7 +274,7 @@ INLINE void multiply_block(const Matrix *m, const Product *p, Block block, int t
             else sums[i][j] = load(m->bias + tile * TILE + j * LANES);
         }
     if (meeting == AS_PACKED) add_words(m, p, block, tile, num_rows, num_tiles, kind, sums, code_sums);
-    else add_shorts(m, p, block, tile, num_rows, num_tiles, kind, meeting == LEAVING_WIDE, sums, code_sums);
+    else add_shorts(m, p, block, tile, num_rows, num_tiles, meeting == LEAVING_WIDE, sums);
     for (int i = 0; i < num_rows; i++) {
         if (kind == CODE_DOTS)
             for (int j = 0; j < 2 * num_tiles; j++)
@@ -292,14 +313,13 @@ static void multiply_floats(const Matrix *m, const Product *p, Block block, int 
 }
 
 static void multiply_bf16s(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
-    multiply_rows(m, p, block, from, to, num_rows, HAS_BF16_DOT ? PAIR_DOTS : PAIRS, AS_PACKED);
+    multiply_rows(m, p, block, from, to, num_rows, BF16_KIND, AS_PACKED);
 }
 
 static void multiply_shorts(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
     if (HAS_SHORTS && block.wide != NULL)
-        multiply_rows(m, p, block, from, to, num_rows, HAS_BF16_DOT ? PAIR_DOTS : PAIRS, LEAVING_WIDE);
-    else if (HAS_SHORTS)
-        multiply_rows(m, p, block, from, to, num_rows, HAS_BF16_DOT ? PAIR_DOTS : PAIRS, WIDENING);
+        multiply_rows(m, p, block, from, to, num_rows, BF16_KIND, LEAVING_WIDE);
+    else if (HAS_SHORTS) multiply_rows(m, p, block, from, to, num_rows, BF16_KIND, WIDENING);
 }
 
 static void multiply_codes(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
@@ -396,30 +416,46 @@ static void multiply_tmm(const Matrix *m, const Product *p, Block block, int fro
 
 INLINE int max_rows(const Matrix *m) { return fits_tmm(m) ? MAX_TMM_ROWS : MAX_ROWS; }
 
-#define WIDE_WORDS 3072  // of a widened tile that there is room for
-
-// The rows [first, last) times the tiles [from, to), in blocks of about equal numbers of rows.
-static void multiply_panel(const Matrix *m, const Product *p, int first, int last, int from, int to, int *shaped_for) {
-    const int num_blocks = ceil_div(last - first, max_rows(m));
-    const int per_block = ceil_div(last - first, num_blocks);
+// Blocks of about equal numbers of rows, from the first one to the row `last`, times the tiles [from, to).
+static void multiply_blocks(const Matrix *m, const Product *p, Block first, int last, int from, int to,
+                            int *shaped_for) {
+    const int per_block = ceil_div(last - first.row, first.count);
     // All blocks of rows meet a tile while it is near; a single block goes along all tiles.
-    const int step = num_blocks == 1 ? to - from : 1;
-    uint32_t room[HAS_SHORTS ? WIDE_WORDS * TILE : 1] __attribute__((aligned(64)));
-    uint32_t *wide = is_short(m) && num_blocks > 1 && m->num_words <= WIDE_WORDS ? room : NULL;
+    const int step = first.count == 1 ? to - from : 1;
     for (int tile = from; tile < to; tile += step)
-        for (Block block = {first, 0, num_blocks, wide}; block.row < last; block.index++, block.row += per_block) {
+        for (Block block = first; block.row < last; block.index++, block.row += per_block) {
             const int num_rows = min_int(per_block, last - block.row);
             if (fits_tmm(m)) multiply_tmm(m, p, block, tile, tile + step, num_rows, shaped_for);
             else switch (m->numbers) {
                 case FLOATS: multiply_floats(m, p, block, tile, tile + step, num_rows); break;
                 case BF16S: multiply_bf16s(m, p, block, tile, tile + step, num_rows); break;
                 case SHORT_BF16S:
-                    if (wide != NULL && block.index > 0) multiply_bf16s(m, p, block, tile, tile + step, num_rows);
+                    if (block.wide != NULL && block.index > 0)
+                        multiply_bf16s(m, p, block, tile, tile + step, num_rows);
                     else multiply_shorts(m, p, block, tile, tile + step, num_rows);
                     break;
                 default: multiply_codes(m, p, block, tile, tile + step, num_rows);
             }
         }
+}
+
+#define MAX_WIDE_WORDS 3072  // of a widened tile that there is room for
+
+// A function of its own, never inlined: some compilers have each page of a large frame touched at every call, and only
+// these products need the room.
+static __attribute__((noinline)) void multiply_blocks_in_room(const Matrix *m, const Product *p, Block first, int last,
+                                                              int from, int to, int *shaped_for) {
+    uint32_t room[MAX_WIDE_WORDS * TILE] __attribute__((aligned(64)));
+    first.wide = room;
+    multiply_blocks(m, p, first, last, from, to, shaped_for);
+}
+
+// The rows [first, last) times the tiles [from, to).
+static void multiply_panel(const Matrix *m, const Product *p, int first, int last, int from, int to, int *shaped_for) {
+    const Block block = {first, 0, ceil_div(last - first, max_rows(m)), NULL};
+    if (is_short(m) && block.count > 1 && m->num_words <= MAX_WIDE_WORDS)
+        multiply_blocks_in_room(m, p, block, last, from, to, shaped_for);
+    else multiply_blocks(m, p, block, last, from, to, shaped_for);
 }
 
 static int panel_bytes = 512 * 1024;  // of x, to stay in the second cache while the weight goes by: half of the cache

@@ -8,26 +8,26 @@
 //       2 TILE bytes           2 TILE bytes           2 TILE bytes
 //
 // A group in which a number is of another kind escapes: it is kept as it was, beside the tile, and the list of the
-// tile's escapes says when it is its turn. Rare where weights are about normal: the palette reaches over 16 binades, and
-// one number in 20,000 is smaller. (That exponents of weights are worth under 3 bits: Zhang et al., DFloat11, 2025.)
+// tile's escapes says when it is its turn. Rare where weights are about normal: the palette reaches over 16 binades,
+// and one number in 10,000 to 20,000 is smaller, about one group in 100. (That exponents of weights are worth under 3
+// bits: Zhang et al., DFloat11, 2025.)
 #pragma once
 
 #include "amx.h"
 #include "simd.h"
-#include "team.h"
 
 #define HAS_SHORTS (LANES == 16 && !HAS_AMX)  // tile registers read bfloat16 from memory alone
-#define PALETTE 16
+#define SHORT_PALETTE 16
 #define GROUP_WORDS 2
 #define GROUP_NUMBERS (GROUP_WORDS * 2 * TILE)
 #define GROUP_BYTES (GROUP_NUMBERS * 3 / 2)
 
 // What a matrix of them has beside its groups.
 typedef struct {
-    const uint8_t *palettes;       // [num_tiles][PALETTE]
+    const uint8_t *palettes;       // [num_tiles][SHORT_PALETTE]
     const int32_t *escape_starts;  // [num_tiles]: where the list of a tile starts
     const int32_t *escapes;        // groups in ascending order, each list ended by the number of groups
-    const uint32_t *escaped;       // [number of escapes][GROUP_WORDS][TILE]
+    const uint32_t *escaped;       // [number of escapes, at least 1][GROUP_WORDS][TILE]
 } Shorts;
 
 // The escapes of a tile that are still to come.
@@ -89,28 +89,28 @@ typedef struct {
     uint8_t *groups;  // [num_tiles][num_words / GROUP_WORDS][GROUP_BYTES]
 } Shortening;
 
-#define NO_CODE PALETTE
+#define NO_CODE SHORT_PALETTE  // a bit that no code has
 
 // The code of each high byte in a palette, or NO_CODE.
 static void index_palette(const uint8_t *palette, uint8_t code_of[256]) {
     memset(code_of, NO_CODE, 256);
-    for (int code = PALETTE - 1; code >= 0; code--) code_of[palette[code]] = code;
+    for (int code = 0; code < SHORT_PALETTE; code++) code_of[palette[code]] = code;
 }
 
 static int is_escape(const uint8_t *bytes, const uint8_t code_of[256]) {
     int found = 0;
     for (int i = 0; i < GROUP_NUMBERS; i++) found |= code_of[bytes[2 * i + 1]];
-    return found & NO_CODE;
+    return (found & NO_CODE) != 0;
 }
 
 // A tile's palette is its most frequent high bytes; tells how many groups have others.
 static void choose_palette(const Shortening *s, int tile) {
     const int64_t num_numbers = (int64_t)s->num_words * 2 * TILE;
     const uint8_t *bytes = (const uint8_t *)(s->words + tile * (num_numbers / 2));
-    uint8_t *palette = s->palettes + tile * PALETTE, code_of[256];
+    uint8_t *palette = s->palettes + tile * SHORT_PALETTE, code_of[256];
     int64_t counts[256] = {0};
     for (int64_t i = 0; i < num_numbers; i++) counts[bytes[2 * i + 1]]++;
-    for (int code = 0; code < PALETTE; code++) {
+    for (int code = 0; code < SHORT_PALETTE; code++) {
         int most = 0;
         for (int byte = 1; byte < 256; byte++)
             if (counts[byte] > counts[most]) most = byte;
@@ -119,7 +119,8 @@ static void choose_palette(const Shortening *s, int tile) {
     }
     index_palette(palette, code_of);
     s->num_escapes[tile] = 0;
-    for (int64_t i = 0; i < num_numbers; i += GROUP_NUMBERS) s->num_escapes[tile] += is_escape(bytes + 2 * i, code_of) != 0;
+    for (int64_t i = 0; i < num_numbers; i += GROUP_NUMBERS)
+        s->num_escapes[tile] += is_escape(bytes + 2 * i, code_of);
 }
 
 static void shorten_group(const uint8_t *bytes, const uint8_t code_of[256], uint8_t *group) {
@@ -138,7 +139,7 @@ static void shorten_tile(const Shortening *s, int tile) {
     uint8_t *groups = s->groups + (int64_t)tile * num_groups * GROUP_BYTES, code_of[256];
     int32_t *escape = s->escapes + start;
     uint32_t *escaped = s->escaped + (int64_t)(start - tile) * GROUP_WORDS * TILE;
-    index_palette(s->palettes + tile * PALETTE, code_of);
+    index_palette(s->palettes + tile * SHORT_PALETTE, code_of);
     for (int group = 0; group < num_groups; group++, bytes += 2 * GROUP_NUMBERS) {
         shorten_group(bytes, code_of, groups + (int64_t)group * GROUP_BYTES);
         if (!is_escape(bytes, code_of)) continue;

@@ -23,6 +23,8 @@
 #endif
 #endif
 
+#define TILE (2 * LANES)  // outputs of a matrix that are packed together; see matrix.h
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }

@@ -229,7 +229,7 @@ def test_peaks_are_torchs(tmp_path: Path, level: str, vocab_size: int) -> None:
             check_peaks(loop, biases)
         assert check_peaks(loop, torch.full((vocab_size,), -INF)).peaks == [-INF] * NUM_SLOTS
         assert all(map(isnan, check_peaks(loop, torch.full((vocab_size,), NAN)).peaks))
-        loop.transformer.unembedding._words.zero_()  # type: ignore[attr-defined]
+        loop.transformer.unembedding.packed.words.zero_()  # type: ignore[attr-defined]
         assert set(check_peaks(loop, torch.zeros(vocab_size)).peak_ids) == {0}  # all are equal
         for place in range(0, vocab_size, 1 + vocab_size // 40):
             biases = torch.zeros(vocab_size)

@@ -194,8 +194,11 @@ def test_packed_memory_is_counted(level: str, dtype: torch.dtype) -> None:
     coded, _, _ = pack(level, dtype, (64, 128), has_bias=False, has_codes=True)
     packed_bytes = weight.nbytes
     if plain.struct.numbers == Numbers.SHORT_BF16S:
-        num_tiles = 128 // NativeLinears(kernels_of(level), dtype).tile
-        packed_bytes = weight.nbytes * 3 // 4 + num_tiles * (16 + 4 + 4)  # palettes, starts, ends of lists
+        linears = NativeLinears(kernels_of(level), dtype)
+        num_tiles, num_groups = 128 // linears.tile, 64 // 2 // linears.group_words
+        of_a_list = 4 + 4  # where it starts, and its end
+        packed_bytes = num_tiles * (num_groups * linears.group_bytes + linears.short_palette + of_a_list)
+        packed_bytes += linears.group_words * linears.tile * 4  # no group escapes, but there is room for one
     assert plain.num_bytes == packed_bytes + 4 * 128
     assert coded.num_bytes == weight.numel() + 3 * 4 * 128
 

@@ -6,14 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.linear_native import NativeLinears, Numbers
-from tests.model.levels import LEVELS, kernels_of, needs_kernels
+from model.linear_native import NativeLinear, NativeLinears, Numbers
+from tests.model.levels import LEVELS, SHORTENING_LEVELS, kernels_of, needs_kernels
 
 pytestmark = needs_kernels
 
 
-SMALL, HUGE, ODD = 1e-30, 1e30, [0.0, -0.0, float("inf"), -float("inf"), 1e-40]
+SMALL, HUGE, ODD = 1e-30, 1e30, [0.0, -0.0, float("inf"), -float("inf"), 1e-40, float("nan")]
 """Numbers that are not among the usual ones of a weight."""
+SHAPES = [(64, 40), (1028, 66), (6144, 34), (6148, 34), (62, 34), (3, 32)]
+"""(inputs, outputs): few groups and many, a widened tile that fills its room, one that is too large for it, an odd
+number of words, one group."""
 
 
 def spread(kind: str, shape: tuple[int, int]) -> Tensor:
@@ -22,8 +25,8 @@ def spread(kind: str, shape: tuple[int, int]) -> Tensor:
     weight = torch.randn(shape[1], shape[0], generator=generator)
     chosen = torch.rand(weight.shape, generator=generator)
     if kind == "a_few_others":
-        weight[chosen < 3e-4] *= SMALL
-        weight[chosen > 1 - 3e-4] *= HUGE
+        weight[chosen < 1e-4] *= SMALL
+        weight[chosen > 1 - 1e-4] *= HUGE
         weight.view(-1)[: len(ODD)] = torch.tensor(ODD)
     elif kind == "ends_of_tiles":
         weight[::5, :2] *= SMALL
@@ -37,12 +40,18 @@ def spread(kind: str, shape: tuple[int, int]) -> Tensor:
     return weight.bfloat16()
 
 
-@pytest.mark.parametrize("level", [level for level in LEVELS if level.startswith("v4") and level != "v4_amx"])
+def num_escapes(linear: NativeLinear) -> int:
+    """Of all tiles, each of which has a list of them with an end."""
+    _, _, starts, escapes, _ = linear.packed
+    return 0 if starts is None or escapes is None else len(escapes) - len(starts)
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level in SHORTENING_LEVELS])
 @pytest.mark.parametrize("is_gated", [False, True])
-@pytest.mark.parametrize("shape", [(64, 40), (1028, 66), (6148, 34), (62, 34), (3, 32)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["usual", "a_few_others", "ends_of_tiles", "all_alike", "zeros", "everything"])
 def test_twelve_bits_lose_nothing(level: str, kind: str, shape: tuple[int, int], is_gated: bool) -> None:
-    """The same bits as of plain words, in three quarters of the room where exponents are as usual."""
+    """The same bits as of plain words, in about three quarters of the room where exponents are as usual."""
     weight = spread(kind, shape)
     short, plain = (NativeLinears(kernels_of(level), torch.bfloat16) for _ in range(2))
     assert short.shortens
@@ -53,9 +62,14 @@ def test_twelve_bits_lose_nothing(level: str, kind: str, shape: tuple[int, int],
     if expected.struct.num_words % 2 or kind == "everything":
         assert not is_short
     elif kind in ("usual", "all_alike", "zeros"):
-        assert is_short and ours.num_bytes < 0.9 * expected.num_bytes
+        assert is_short and ours.packed.words.nbytes == 0.75 * expected.packed.words.nbytes
+        # A single group saves less than the room for an escape takes.
+        assert ours.num_bytes < 0.9 * expected.num_bytes or shape[0] == 3
+    elif shape[0] > 1000:  # so many groups that those which escape are few
+        assert is_short and num_escapes(ours) > 0
+    generator = torch.Generator().manual_seed(shape[0])
     for num_rows in (*range(1, 11), 40):
-        x = torch.randn(num_rows, shape[0]).bfloat16()
+        x = torch.randn(num_rows, shape[0], generator=generator).bfloat16()
         assert torch.equal(ours(x).view(torch.int16), expected(x).view(torch.int16)), num_rows
 
 
@@ -65,4 +79,4 @@ def test_only_what_gains_is_kept_in_twelve_bits(level: str) -> None:
     kernels = kernels_of(level)
     assert not NativeLinears(kernels, torch.float32).shortens
     assert not NativeLinears(kernels, torch.bfloat16, has_codes=True).shortens
-    assert NativeLinears(kernels, torch.bfloat16).shortens == (level in ("v4", "v4_vnni", "v4_bf16"))
+    assert NativeLinears(kernels, torch.bfloat16).shortens == (level in SHORTENING_LEVELS)
