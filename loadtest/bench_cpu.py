@@ -33,6 +33,7 @@ from loadtest.peers.works import DEFAULT_BATCH, works_of
 from loadtest.roofline import MachineRates, ModelCost, least_figures, least_time
 
 RUN_SECONDS = 600.0
+"""How long a run may take for each of its measurements."""
 QUIET_SECONDS = 30.0
 """How long to wait for others to leave the machine before a run."""
 
@@ -145,13 +146,14 @@ def session(plan: Plan) -> dict[str, Any]:
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "machine": describe(),
         "threads": plan.threads,
+        "repeat": plan.repeat,
         "limits": rates,
         "cells": [{"cell": asdict(cell), "limits": limits_of(cell, configs[cell.model], rates)} for cell in plan.cells],
     }
 
 
 def limits_of(cell: Cell, config: Mapping[str, Any], limits: Limits) -> dict[str, float]:
-    """The best that each figure of a cell could be on this machine; empty where the machine cannot say."""
+    """The best that each figure could be here with a cell's weights as they are; empty where the machine cannot say."""
     cost = ModelCost.from_config(config)
     rates = MachineRates.of(limits, cell.precision, cost.weight_bytes(cell.precision))
     if rates is None:
@@ -166,7 +168,7 @@ def measure_quietly(plan: Plan, number: int, cell: Cell, name: str) -> None:
         wait_for_quiet()
         before = cpu_times()
         try:
-            found = run(command_of(plan, cell, ENGINES[name]))
+            found = run(command_of(plan, cell, ENGINES[name]), RUN_SECONDS * plan.repeat)
         except RunFailed as failure:
             print(f"round {number}  {cell.title:16} {name:12} failed: {failure}", flush=True)
             append(plan.out, {"failure": {"engine": name, "cell": asdict(cell), "message": str(failure)}})
@@ -199,7 +201,7 @@ def command_of(plan: Plan, cell: Cell, engine: Engine) -> list[str]:
     ]
 
 
-def run(command: Sequence[str]) -> dict[str, Any]:
+def run(command: Sequence[str], max_seconds: float) -> dict[str, Any]:
     """Runs a runner. Returns the document of its last line; raises RunFailed."""
     try:
         # A session of its own, so that a runner that must be ended takes its servers with it.
@@ -209,9 +211,9 @@ def run(command: Sequence[str]) -> dict[str, Any]:
     except OSError as error:
         raise RunFailed(str(error)) from None
     try:
-        output, complaint = process.communicate(timeout=RUN_SECONDS)
+        output, complaint = process.communicate(timeout=max_seconds)
     except subprocess.TimeoutExpired:
-        raise RunFailed(f"no result after {RUN_SECONDS:.0f} s") from None
+        raise RunFailed(f"no result after {max_seconds:.0f} s") from None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

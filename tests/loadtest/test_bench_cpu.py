@@ -12,6 +12,7 @@ import pytest
 from loadtest import bench_cpu
 from loadtest.bench_cpu import (
     ENGINES,
+    RUN_SECONDS,
     Plan,
     RunFailed,
     cells_of,
@@ -48,7 +49,7 @@ CONFIG = {
 def plan_of(folder: Path, engines: tuple[str, ...] = ("quire", "llamacpp"), cells: tuple[Cell, ...] = (CELL,)) -> Plan:
     (folder / "M").mkdir()
     (folder / "M" / "config.json").write_text(json.dumps(CONFIG))
-    return Plan(folder, cells, engines, rounds=2, repeat=1, tries=3, threads=2, out=folder / "out" / "found.jsonl")
+    return Plan(folder, cells, engines, rounds=2, repeat=3, tries=3, threads=2, out=folder / "out" / "found.jsonl")
 
 
 @pytest.fixture
@@ -66,7 +67,8 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runners that give a figure at once; the modules that were called, in order."""
     called: list[str] = []
 
-    def give(command: list[str]) -> dict[str, object]:
+    def give(command: list[str], max_seconds: float) -> dict[str, object]:
+        assert max_seconds == 3 * RUN_SECONDS
         called.append(command[2].rpartition(".")[2])
         rate = 20.0 if called[-1] == "quire" else 10.0
         return {"figures": {"output_tokens_per_second": rate}, "version": "1", "settings": {}}
@@ -82,10 +84,14 @@ def test_cells_are_all_combinations_in_order() -> None:
     assert next(cells_of(["M"], ["W3"], ["bf16"])).batch == 64
 
 
-@pytest.mark.parametrize("work", ["W7", "W2/0", "W2/x"])
-def test_work_that_is_not_known_is_refused(work: str) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [["--work", "W7"], ["--work", "W2/0"], ["--work", "W2/x"], ["--repeat", "0"], ["--rounds", "0"]],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        parse(["--work", work])
+        parse(arguments)
     assert end.value.code == 2
 
 
@@ -103,6 +109,7 @@ def test_engines_alternate(tmp_path: Path, quiet: list[float], commands: list[st
     document, table = summary(read(plan.out))
     assert document["rows"][0]["ratio"]["median"] == 2.0
     assert document["rows"][0]["limit"] > 0
+    assert document["sessions"][0]["repeat"] == 3
     assert "M W2 at 8 bf16" in table
 
 
@@ -125,7 +132,7 @@ def test_a_noisy_run_is_repeated_but_not_for_ever(tmp_path: Path, quiet: list[fl
 def test_a_failure_is_kept_and_the_rest_goes_on(
     tmp_path: Path, quiet: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(command: list[str]) -> dict[str, object]:
+    def fail(command: list[str], max_seconds: float) -> dict[str, object]:
         raise RunFailed("no such engine")
 
     monkeypatch.setattr(bench_cpu, "run", fail)
@@ -160,12 +167,13 @@ def test_a_runner_is_called_with_the_cell(tmp_path: Path) -> None:
     command = command_of(plan_of(tmp_path), CELL, ENGINES["quire-grpc"])
     assert command[:3] == [sys.executable, "-m", "loadtest.peers.quire"]
     assert command[command.index("--batch") + 1] == "8"
+    assert command[command.index("--repeat") + 1] == "3"
     assert command[-2:] == ["--set", "way=grpc"]
 
 
 def test_a_runner_gives_its_last_line() -> None:
     code = "print('loading'); print('{\"figures\": {}}')"
-    assert run([sys.executable, "-c", code]) == {"figures": {}}
+    assert run([sys.executable, "-c", code], RUN_SECONDS) == {"figures": {}}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +186,7 @@ def test_a_runner_gives_its_last_line() -> None:
 )
 def test_a_runner_that_fails_says_why(command: list[str], message: str) -> None:
     with pytest.raises(RunFailed, match=message):
-        run(command)
+        run(command, RUN_SECONDS)
 
 
 def is_running(pid: int) -> bool:
@@ -186,12 +194,9 @@ def is_running(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_runner_that_takes_too_long_is_ended_with_its_children(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench_cpu, "RUN_SECONDS", 1.0)
+def test_a_runner_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="no result"):
-        run(["/bin/sh", "-c", f"sleep 60 & echo $! > {tmp_path}/child; wait"])
+        run(["/bin/sh", "-c", f"sleep 60 & echo $! > {tmp_path}/child; wait"], max_seconds=1.0)
     child = int((tmp_path / "child").read_text())
     for _ in range(200):  # until the system has taken it away
         if not is_running(child):
