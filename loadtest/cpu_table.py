@@ -101,7 +101,7 @@ class Row:
     grpc_over_engine: Spread | None = None
     limit: float | None = None
     share_of_limit: float | None = None
-    """Of the least time or the highest rate that the machine allows, what our median reaches."""
+    """Of the least time or the highest rate of loadtest/roofline.py, what our median reaches; see `share_of`."""
 
     def as_record(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -180,7 +180,7 @@ def better_by(ours: float, theirs: float, lower_is_better: bool) -> float:
 
 
 def share_of(ours: float, limit: float, lower_is_better: bool) -> float:
-    """The part of what is possible that is reached: 1 is the limit itself."""
+    """The part of the limit that is reached. Above 1 where weights are kept smaller than the limit counts them."""
     return round(better_by(ours, limit, lower_is_better), 3)
 
 

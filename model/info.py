@@ -36,7 +36,7 @@ class ModelInfo:
     def weight_bytes(self, dtype: Dtype, quantization: Quantization = Quantization.NONE) -> dict[MatrixKind, int]:
         """Bytes by kind when loaded, but for what fills up tiles, and for the scales of 8-bit codes.
 
-        Of bfloat16 the most that they take: some levels of the native backend keep three quarters (native/shorts.h).
+        Of bfloat16 at most: some levels of the native backend keep about three quarters for products (native/shorts.h).
         Only products are quantized. A tied unembedding is packed for its product and so takes memory of its own.
         """
         whole, coded = dtype_bytes(dtype), 1 if quantization is Quantization.INT8 else dtype_bytes(dtype)

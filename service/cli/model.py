@@ -100,6 +100,8 @@ def _print_tables(facts: dict[str, Any], directory: Path) -> None:
     )
     levels, is_coded = facts["cpu_levels"], facts["quantization"] != Quantization.NONE
     precision = f"{facts['quantization']} and {facts['dtype']}" if is_coded else facts["dtype"]
+    # Some kernels keep bfloat16 in 12 bits, as far as its values allow.
+    most = "at most " if precision == Dtype.BFLOAT16 else ""
     per_token = f"{_size(facts['kv_bytes_per_token'])} per token, blocks of {facts['block_size']}"
     rows = [
         ("directory", str(directory)),
@@ -107,7 +109,7 @@ def _print_tables(facts: dict[str, Any], directory: Path) -> None:
         ("shape", shape),
         ("vocabulary", f"{facts['vocab_size']:,} tokens"),
         ("context", f"{facts['context_length']:,} tokens"),
-        ("weights", f"{_size(facts['weight_bytes'])} in {precision}, {_size(facts['file_bytes'])} on disk"),
+        ("weights", f"{most}{_size(facts['weight_bytes'])} in {precision}, {_size(facts['file_bytes'])} on disk"),
         (
             "kernels here",
             f"for {levels[0]}" if levels else "not built: torch computes, slowly",

@@ -211,6 +211,15 @@ def test_model_info_as_tables(capsys: Capture) -> None:
         assert said in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "is_limit"), [([], True), (["--dtype", "float32"], False), (["--quantize", "int8"], False)], ids=str
+)
+def test_model_info_tells_the_most_that_bfloat16_takes(capsys: Capture, arguments: list[str], is_limit: bool) -> None:
+    """Which kernels keep in fewer bits; others take what is told."""
+    assert main(["model", "info", *arguments]) == 0
+    assert ("at most" in capsys.readouterr().out) == is_limit
+
+
 @pytest.mark.parametrize("arguments", [["/no/such/directory"], ["--context-length", "100000"], ["{broken}"]])
 def test_model_info_names_a_mistake_in_one_line(capsys: Capture, tmp_path: Path, arguments: list[str]) -> None:
     shutil.copy(BUILT_IN_MODEL / "config.json", tmp_path)
