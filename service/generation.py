@@ -80,6 +80,7 @@ class GenerationRequest:
             deadline=self.deadline,
             arrival=self.arrival,
             priority=self.priority,
+            has_stop_strings=bool(self.stop_strings),
         )
         return Submit(sequence_id, self.token_ids, len(self.token_ids), self.sampling, limits, self.cache_root)
 
@@ -153,11 +154,12 @@ class Generation:
         queue_seconds = max(start.scheduled_at - self.request.arrival, 0.0)
         self._metrics.on_scheduled(queue_seconds, len(self.request.token_ids), start.num_cached)
 
-    def on_token(self, token_id: int, logprobs: TokenLogprobs | None, preemptions: int) -> None:
+    def on_token(self, token_id: int, logprobs: TokenLogprobs | None, preemptions: int, drawn_at: float) -> None:
         """A token was drawn. A failure in handling it is this generation's alone."""
         if self._has_left or self._end is not None:
             return
         try:
+            self._note_time(drawn_at)
             self._take(token_id, logprobs, preemptions)
         except Exception as error:
             self.fail(error)
@@ -244,8 +246,6 @@ class Generation:
 
     def _take(self, token_id: int, logprobs: TokenLogprobs | None, preemptions: int) -> None:
         """Puts a token into the mailbox, and ends everything when it completes a stop string."""
-        now = time.monotonic()
-        self._note_time(now)
         self.num_tokens += 1
         self._mailbox.put_token(token_id, logprobs, keep_id=self.request.wants_token_ids)
         self._last_token_id = token_id
@@ -255,7 +255,7 @@ class Generation:
             if matched is not None:
                 self._end_with(self._finish(EndReason.STOP, matched, preemptions))
                 self._cancel_in_engine()
-        self._announce(now)
+        self._announce(time.monotonic())
 
     def _announce(self, now: float) -> None:
         """Wakes the reader: at once, or where its last delta is too recent, when it no longer is."""
@@ -270,14 +270,14 @@ class Generation:
         self._announcement = None
         self._announce(self._next_delta_at)
 
-    def _note_time(self, now: float) -> None:
+    def _note_time(self, drawn_at: float) -> None:
         if self.last_token_at is None:
             assert self.scheduled_at is not None, "a token before the start"
-            self.first_token_at = now
-            self._metrics.on_first_token(now - self.request.arrival, max(now - self.scheduled_at, 0.0))
+            self.first_token_at = drawn_at
+            self._metrics.on_first_token(drawn_at - self.request.arrival, max(drawn_at - self.scheduled_at, 0.0))
         else:
-            self._metrics.on_next_token(now - self.last_token_at)
-        self.last_token_at = now
+            self._metrics.on_next_token(drawn_at - self.last_token_at)
+        self.last_token_at = drawn_at
 
     def _judge(self, code: FinishCode, preemptions: int) -> Finish | Exception:
         """What the engine's code means to the caller. The last text is let go, and may complete a stop string."""

@@ -41,8 +41,8 @@ class SequenceListener(Protocol):
     def on_start(self, start: Start) -> None:
         """It was scheduled for the first time."""
 
-    def on_token(self, token_id: int, logprobs: TokenLogprobs | None, preemptions: int) -> None:
-        """A token was drawn; an end token too. The sequence has been preempted so many times by now."""
+    def on_token(self, token_id: int, logprobs: TokenLogprobs | None, preemptions: int, drawn_at: float) -> None:
+        """A token was drawn; an end token too. The sequence had been preempted so many times by then."""
 
     def on_finish(self, code: FinishCode, preemptions: int) -> None:
         """It ended, after having been preempted so many times."""
@@ -189,7 +189,7 @@ class EngineClient:
             if (token_id := report.token_ids[index]) != NO_TOKEN:
                 entry.token_ids.append(token_id)
                 logprobs = report.logprobs[index] if report.logprobs else None
-                self._tell(entry, entry.listener.on_token, token_id, logprobs, entry.all_preemptions)
+                self._tell(entry, entry.listener.on_token, token_id, logprobs, entry.all_preemptions, report.ended_at)
             if report.finishes[index]:
                 self._finish(entry, FinishCode(report.finishes[index]))
         self._on_stats(report.stats)

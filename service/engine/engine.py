@@ -68,6 +68,11 @@ class Engine:
         """Whether `step` has anything to do."""
         return self.scheduler.has_work
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether prompts wait for a place in the steps."""
+        return self.scheduler.num_waiting > 0
+
     def submit(self, submit: Submit) -> None:
         """Takes a sequence. One that cannot be run, or whose id is in use, ends as REFUSED in the next report."""
         if submit.id in self.scheduler:
@@ -148,5 +153,6 @@ class Engine:
             preemptions=outcomes.preemptions,
             logprobs=outcomes.logprobs if any(outcomes.logprobs) else [],
             starts=outcomes.starts,
+            ended_at=self._committed_at,
             stats=stats,
         )

@@ -1,4 +1,7 @@
-"""The engine's end of one connection to a front end: bytes both ways, and which sequences are whose.
+"""The engine's end of one connection to a front end: bytes both ways, which sequences are whose, and what can wait.
+
+A report wakes the front end, which costs the cores more than what is in it: so those that nobody waits for are held for
+a moment and go out together.
 
 Front ends choose their ids without knowing of each other, so inside the engine an id carries the number of its
 connection:  | connection | id of the front end, 48 bits |
@@ -25,6 +28,8 @@ ID_MASK = (1 << ID_BITS) - 1
 READ_BYTES = 1 << 20
 MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES
 """A front end that leaves more than this unread is lost."""
+HOLD_SECONDS = 0.02
+"""Reports that can wait go out at such intervals: half of what a reader waits for its next delta anyway."""
 
 
 class FrontEndLost(Exception):
@@ -39,12 +44,18 @@ class FrontEnd:
         self.connection = connection
         self.open_ids: set[int] = set()
         """Engine ids of its sequences that have not ended."""
+        self._awaited_ids: set[int] = set()
+        """Of these, those whose next token is not held: a first one, and whichever may complete a stop string."""
+        self._stoppable_ids: set[int] = set()
         self._decoder: FrameDecoder[ToEngine] = FrameDecoder(ToEngine)
+        self._held = bytearray()
         self._unsent = bytearray()
+        self._reported_at = 0.0
         connection.setblocking(False)
 
     @property
     def has_unsent(self) -> bool:
+        """Whether the socket did not take all that was to be sent."""
         return bool(self._unsent)
 
     def read(self) -> list[ToEngine]:
@@ -65,7 +76,26 @@ class FrontEnd:
 
     def send(self, message: FromEngine) -> None:
         """Sends what the socket takes and keeps the rest. Raises FrontEndLost."""
-        self._unsent += encode_frame(message)
+        self._held += encode_frame(message)
+        self.release()
+
+    def report(self, report: Report, now: float, *, can_hold: bool) -> None:
+        """Sends its share of a step's report, or if nobody there waits for it holds it for a later one.
+
+        That is the first one with news, or HOLD_SECONDS after what was sent last. Raises FrontEndLost.
+        """
+        mine = [index for index, key in enumerate(report.ids) if key >> ID_BITS == self.number]
+        self._held += encode_frame(self._share_of(report, mine))
+        if self._note_news(report, mine) or not can_hold or now - self._reported_at >= HOLD_SECONDS:
+            self._reported_at = now
+            self.release()
+
+    def release(self) -> None:
+        """Sends what was held. Raises FrontEndLost."""
+        if not self._held:
+            return
+        self._unsent += self._held
+        self._held.clear()
         self.flush()
         if len(self._unsent) > MAX_UNSENT_BYTES:
             raise FrontEndLost("it does not read")
@@ -80,10 +110,18 @@ class FrontEnd:
             raise FrontEndLost(error.strerror) from None
         del self._unsent[:sent]
 
-    def share_of(self, report: Report) -> Report:
+    def _note_news(self, report: Report, mine: list[int]) -> bool:
+        """Whether somebody waits for a report with these entries; what ended is open no more."""
+        reported = {report.ids[index] for index in mine}
+        ended = {report.ids[index] for index in mine if report.finishes[index]}
+        has_news = bool(ended) or not self._awaited_ids.isdisjoint(reported)
+        self.open_ids -= ended
+        self._stoppable_ids -= ended
+        self._awaited_ids -= reported - self._stoppable_ids
+        return has_news
+
+    def _share_of(self, report: Report, mine: list[int]) -> Report:
         """This front end's part of a step's report, with its own ids."""
-        mine = [index for index, key in enumerate(report.ids) if key >> ID_BITS == self.number]
-        self.open_ids.difference_update(report.ids[index] for index in mine if report.finishes[index])
         return Report(
             ids=[report.ids[index] & ID_MASK for index in mine],
             token_ids=[report.token_ids[index] for index in mine],
@@ -95,6 +133,7 @@ class FrontEnd:
                 for start in report.starts
                 if start.id >> ID_BITS == self.number
             ],
+            ended_at=report.ended_at,
             stats=report.stats,
         )
 
@@ -103,6 +142,9 @@ class FrontEnd:
             return Cancel([self._key(sequence_id) for sequence_id in message.ids])
         key = self._key(message.id)
         self.open_ids.add(key)
+        self._awaited_ids.add(key)
+        if message.limits.has_stop_strings:
+            self._stoppable_ids.add(key)
         return msgspec.structs.replace(message, id=key)
 
     def _key(self, sequence_id: int) -> int:

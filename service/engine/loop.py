@@ -39,6 +39,8 @@ class EngineLoop:
         """Turns until nobody reads the heartbeat any more."""
         while self._heartbeat.beat(time.monotonic()):
             self._poll(0.0 if self._engine.has_work else BEAT_SECONDS)
+            if self._engine.has_waiting:
+                self._release()
             report = self._engine.step()
             if report is not None:
                 self._deliver(report)
@@ -87,10 +89,24 @@ class EngineLoop:
                 self._engine.cancel(message.ids)
 
     def _deliver(self, report: Report) -> None:
-        """One report per front end, with its own sequences and everyone's statistics."""
+        """One report per front end, with its own sequences and everyone's statistics.
+
+        Behind a step that only decoded it can be held: the next one will soon have ended, unless there is none.
+        """
+        now = time.monotonic()
+        can_hold = report.stats.num_tokens == report.stats.num_rows and self._engine.has_work
         for front_end in list(self._front_ends.values()):
             try:
-                front_end.send(front_end.share_of(report))
+                front_end.report(report, now, can_hold=can_hold)
+                self._watch(front_end)
+            except FrontEndLost as reason:
+                self._drop(front_end, reason)
+
+    def _release(self) -> None:
+        """What was held goes out before a step with a prompt, which may last long."""
+        for front_end in list(self._front_ends.values()):
+            try:
+                front_end.release()
                 self._watch(front_end)
             except FrontEndLost as reason:
                 self._drop(front_end, reason)

@@ -39,6 +39,8 @@ class Limits(msgspec.Struct, frozen=True, array_like=True):
     deadline: float
     arrival: float
     priority: int = 0
+    has_stop_strings: bool = False
+    """Its front end may end it for what its text says: each token is wanted at once."""
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
@@ -103,7 +105,8 @@ class Report(msgspec.Struct, frozen=True, array_like=True, tag="report"):
     """Everything one step produced for one front end; entry i of ids, token_ids, finishes belongs together.
 
     `token_ids[i]` is NO_TOKEN where a sequence ended without a new token. `logprobs` is empty or as long as `ids`.
-    `preemptions[i]` counts how often the sequence was preempted so far.
+    `preemptions[i]` counts how often the sequence was preempted so far. Tokens were drawn when the step ended, which can
+    be some time before a report of it arrives.
     """
 
     ids: list[int]
@@ -112,6 +115,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True, tag="report"):
     preemptions: list[int]
     logprobs: list[TokenLogprobs | None]
     starts: list[Start]
+    ended_at: float
     stats: StepStats
 
 

@@ -22,8 +22,9 @@ def make_submit(
     priority: int = 0,
     cache_root: bytes | None = None,
     num_logprobs: int = -1,
+    has_stop_strings: bool = False,
 ) -> Submit:
-    limits = Limits(max_new, min_new, end, deadline, arrival, priority)
+    limits = Limits(max_new, min_new, end, deadline, arrival, priority, has_stop_strings)
     return Submit(sequence_id, prompt, len(prompt), Sampling(seed=seed, num_logprobs=num_logprobs), limits, cache_root)
 
 

@@ -18,11 +18,17 @@ PATIENCE_SECONDS = 10.0
 
 
 class ServedEngine:
-    """Runs until `end`, which closes its sockets as a dying process would. `gate` holds every step up while cleared."""
+    """Runs until `end`, which closes its sockets as a dying process would.
+
+    While cleared, `gate` holds every step up but for `num_free_steps` more, and `prompt_gate` those with a prompt.
+    """
 
     def __init__(self, socket_path: str, depth: int = 0) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.num_free_steps = 0
+        self.prompt_gate = threading.Event()
+        self.prompt_gate.set()
         self.engine = Engine(FakeRunner(SHAPE, on_step=self._wait_for_gate), EngineOptions(depth=depth))
         self._reading, writing = os.pipe()
         self._writing = writing
@@ -32,13 +38,19 @@ class ServedEngine:
 
     def _wait_for_gate(self, batch: Batch) -> None:
         time.sleep(STEP_SECONDS)
-        assert self.gate.wait(PATIENCE_SECONDS)
+        if self.num_free_steps:
+            self.num_free_steps -= 1
+        else:
+            assert self.gate.wait(PATIENCE_SECONDS)
+        if batch.num_tokens > len(batch.rows):
+            assert self.prompt_gate.wait(PATIENCE_SECONDS)
 
     def end(self) -> None:
         if not self._thread.is_alive():
             return
         os.close(self._reading)
         self.gate.set()
+        self.prompt_gate.set()
         self._thread.join(PATIENCE_SECONDS)
         assert not self._thread.is_alive()
         self._loop.close()
@@ -51,6 +63,7 @@ class Recorder:
     def __init__(self, on_token: Callable[[int], None] = lambda token_id: None) -> None:
         self.starts: list[Start] = []
         self.token_ids: list[int] = []
+        self.drawn_at: list[float] = []
         self.logprobs: list[TokenLogprobs | None] = []
         self.preemptions = 0
         self.ended: asyncio.Future[FinishCode | None] = asyncio.get_running_loop().create_future()
@@ -60,9 +73,10 @@ class Recorder:
         assert not self.ended.done()
         self.starts.append(start)
 
-    def on_token(self, token_id: int, logprobs: TokenLogprobs | None, preemptions: int) -> None:
+    def on_token(self, token_id: int, logprobs: TokenLogprobs | None, preemptions: int, drawn_at: float) -> None:
         assert not self.ended.done(), "a token after the end"
         self.token_ids.append(token_id)
+        self.drawn_at.append(drawn_at)
         self.logprobs.append(logprobs)
         self._on_token(token_id)
 

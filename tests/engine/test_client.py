@@ -5,15 +5,17 @@ import os
 import socket
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from model.interface import Sampling
+from service.engine import front_end
 from service.engine.client import EngineClient
 from service.engine.framing import encode_frame
 from service.engine.messages import FinishCode, Hello, StepStats
-from tests.engine.fake_process import FACTS
+from tests.engine.fake_process import FACTS, STEP_SECONDS
 from tests.engine.fake_runner import SHAPE, expected_tokens
 from tests.engine.ledger import make_submit
 from tests.engine.served import Recorder, ServedEngine, until
@@ -281,6 +283,41 @@ async def test_a_front_end_that_does_not_read_is_dropped(
             sleeper.sendall(encode_frame(submit))
         await until(lambda: client.stats.num_running > 0)
         await until(lambda: client.stats.num_running == 0 and not engine.engine.has_work)
+
+
+async def test_tokens_are_held_but_not_behind_a_prompt_nor_for_ever(
+    serve: Serve, client: EngineClient, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front_end, "HOLD_SECONDS", 3600.0)
+    served = serve()
+    await until(lambda: client.is_up)
+    streaming, prompted = Recorder(), Recorder()
+    served.num_free_steps = 20
+    served.gate.clear()
+    client.submit(make_submit(1, PROMPT, 40), streaming)
+    await until(lambda: served.num_free_steps == 0 and bool(streaming.token_ids))
+    assert len(streaming.token_ids) == 1
+    served.prompt_gate.clear()
+    client.submit(make_submit(2, PROMPT, 3), prompted)
+    served.gate.set()
+    await until(lambda: len(streaming.token_ids) == 21)  # and the step at the gate
+    assert not prompted.starts
+    served.prompt_gate.set()
+    assert await streaming.end() == await prompted.end() == FinishCode.LENGTH
+    assert streaming.token_ids == expected_tokens(PROMPT, 40, Sampling())
+    assert len(events.stats) >= 40  # held ones are not dropped
+    assert events.stats[-1].num_running == 0
+
+
+async def test_a_token_tells_when_it_was_drawn(serve: Serve, client: EngineClient) -> None:
+    """Held ones arrive together and were not drawn together."""
+    serve()
+    await until(lambda: client.is_up)
+    recorder = Recorder()
+    client.submit(make_submit(1, PROMPT, 12), recorder)
+    await recorder.end()
+    gaps = [later - earlier for earlier, later in pairwise(recorder.drawn_at)]
+    assert min(gaps) >= STEP_SECONDS
 
 
 async def test_only_its_user_may_open_the_socket(serve: Serve, path: str) -> None:

@@ -26,7 +26,7 @@ FULL_SUBMIT = Submit(
     token_ids=[0, 1, 2**31],
     num_prompt=2,
     sampling=Sampling(0.5, 3, 0.9, 0.1, 1.1, -0.5, 0.5, ((7, -1.5), (8, 100.0)), 2**64 - 1, 20),
-    limits=Limits(5, 1, (1, 2), 1e9, 12.5, -100),
+    limits=Limits(5, 1, (1, 2), 1e9, 12.5, -100, True),
     cache_root=b"\x00\xff",
 )
 FULL_REPORT = Report(
@@ -36,6 +36,7 @@ FULL_REPORT = Report(
     preemptions=[0, 2],
     logprobs=[TokenLogprobs(-0.25, [5, 6], [-0.25, -2.0]), None],
     starts=[Start(1, 3.5, 16)],
+    ended_at=3.75,
     stats=StepStats(num_running=1, step_seconds=0.5, prefix_hit_tokens=16),
 )
 HELLO = Hello(FACTS, RunnerShape(1, 2, 3, 4, 5, 6))

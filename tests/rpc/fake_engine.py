@@ -150,7 +150,7 @@ class FakeEngine:
             return
         token_id = self.script[sequence.num_tokens % len(self.script)]
         sequence.num_tokens += 1
-        listener.on_token(token_id, self._logprobs(submit, token_id), self.preemptions)
+        listener.on_token(token_id, self._logprobs(submit, token_id), self.preemptions, time.monotonic())
         self.on_stats(StepStats(num_running=len(self.sequences), num_rows=1, num_tokens=1, num_sampled=1))
         limits = submit.limits
         if token_id in limits.end_token_ids and sequence.num_tokens > limits.min_new_tokens:
