@@ -103,13 +103,13 @@ class NativeLinears:
 
     def pack_rows(self, rows_OI: Tensor) -> PackedWords:
         """Whole tiles of rows, in 12 bits where this `shortens`, they have whole groups and few escapes."""
-        if not self.shortens or num_words(rows_OI) % self.group_words:
+        if not self.shortens or words_per_row(rows_OI) % self.group_words:
             return PackedWords(pack_words(rows_OI, self.tile, self.row_words, self.memory.zeros))
         words_TWO = pack_words(rows_OI, self.tile, self.row_words, torch.zeros)
-        short = self._shortened(words_TWO)
+        short = self._pack_short(words_TWO)
         return short or PackedWords(self.memory.zeros(*words_TWO.shape, dtype=torch.int32).copy_(words_TWO))
 
-    def _shortened(self, words_TWO: Tensor) -> PackedWords | None:
+    def _pack_short(self, words_TWO: Tensor) -> PackedWords | None:
         """The same numbers in 12 bits each; None where that would not save much. W is a multiple of `group_words`."""
         num_tiles, per_row, _ = words_TWO.shape
         num_groups, num_threads = per_row // self.group_words, torch.get_num_threads()
@@ -165,7 +165,7 @@ class NativeLinear:
         words, *of_shorts = map(_pointer, self.packed)
         self.struct = Matrix(
             *(words, *map(_pointer, (self._bias, self._scales, self._offsets)), *of_shorts),
-            *(self._num_outputs, num_words(rows_OI), numbers, is_gated),
+            *(self._num_outputs, words_per_row(rows_OI), numbers, is_gated),
         )
         """For the kernels; it lives as long as this object."""
 
@@ -226,7 +226,7 @@ def _padding(rows: Tensor, multiple: int) -> tuple[int, ...]:
     return (*(0, 0) * (rows.dim() - 1), 0, -len(rows) % multiple)
 
 
-def num_words(rows_OI: Tensor) -> int:
+def words_per_row(rows_OI: Tensor) -> int:
     """Words of each row: the last one may be filled up."""
     return -(-rows_OI.shape[1] * rows_OI.itemsize // WORD_BYTES)
 

@@ -80,9 +80,16 @@ class GenerationRequest:
             deadline=self.deadline,
             arrival=self.arrival,
             priority=self.priority,
-            has_stop_strings=bool(self.stop_strings),
         )
-        return Submit(sequence_id, self.token_ids, len(self.token_ids), self.sampling, limits, self.cache_root)
+        return Submit(
+            id=sequence_id,
+            token_ids=self.token_ids,
+            num_prompt=len(self.token_ids),
+            sampling=self.sampling,
+            limits=limits,
+            cache_root=self.cache_root,
+            wants_each_token=bool(self.stop_strings),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ so each scrape is one consistent snapshot:
                                     + quire_num_requests_running + quire_num_requests_waiting
 
 A request is accepted once, then waits, runs, and ends with one outcome; what the door refuses counts in
-quire_rejections_total instead. TTFT counts from arrival, ITL is every gap between two tokens as they reach the front
-end, TPOT is (last - first) / (n - 1). Labels come from closed sets only.
+quire_rejections_total instead. TTFT counts from arrival, ITL is every gap between two tokens, TPOT is
+(last - first) / (n - 1); a token's time is when the engine drew it. Labels come from closed sets only.
 """
 
 from __future__ import annotations

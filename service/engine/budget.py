@@ -4,9 +4,11 @@ A policy object: it sees counts and measured seconds, never sequences. A step th
 
     step_seconds = overhead_seconds + num_prefill * seconds_per_token
 
-so the share that meets the target is (target - overhead) / seconds_per_token. Both are medians over the last few steps:
-one slow step (another process wanted the core) moves neither. A stale overhead does no lasting harm: it enters both
-sides, so that the share settles where the measured step meets the target, whatever the overhead is believed to be.
+so the share that meets the target is (target - overhead) / seconds_per_token. The overhead is a median over the last
+steps. A token's cost grows with the context before it, so that a median would always be late: it is that of the last
+step, unless the two before it say more. A slow step (another process wanted the core) makes one share small, a quick one
+none large. A stale overhead does no lasting harm: it enters both sides, so that the share settles where the measured
+step meets the target, whatever the overhead is believed to be.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-WINDOW = 9
-"""Measurements behind each median."""
+OVERHEADS, COSTS = 9, 3
+"""Measurements behind each."""
 LEAST_FRACTION = 0.1
 """A prompt token costs at least this fraction of its even share of the step, however wrong the overhead is."""
 
@@ -40,8 +42,8 @@ class PrefillBudget:
         self._max_batch_tokens = max_batch_tokens
         self._least = min(least_share, self._most)
         self._target_seconds = target_itl_seconds
-        self._overheads: deque[float] = deque(maxlen=WINDOW)
-        self._costs: deque[float] = deque(maxlen=WINDOW)
+        self._overheads: deque[float] = deque(maxlen=OVERHEADS)
+        self._costs: deque[float] = deque(maxlen=COSTS)
         self._share = self._least
 
     def share(self, num_decoding: int) -> int:
@@ -66,7 +68,7 @@ class PrefillBudget:
 
     def _best_share(self) -> int:
         """The share that meets the target; the least one while a prompt token's cost is unknown."""
-        cost = median(self._costs) if self._costs else 0.0
+        cost = max(median(self._costs), self._costs[-1]) if self._costs else 0.0
         if cost <= 0.0:
             return self._least
         spare = self._target_seconds - self._overhead_seconds

@@ -69,9 +69,9 @@ class Engine:
         return self.scheduler.has_work
 
     @property
-    def has_waiting(self) -> bool:
-        """Whether prompts wait for a place in the steps."""
-        return self.scheduler.num_waiting > 0
+    def expects_prompts(self) -> bool:
+        """Whether the step launched last or the next one has a part of a prompt: such a step may last long."""
+        return self.scheduler.expects_prompts
 
     def submit(self, submit: Submit) -> None:
         """Takes a sequence. One that cannot be run, or whose id is in use, ends as REFUSED in the next report."""

@@ -45,12 +45,13 @@ class FrontEnd:
         self.open_ids: set[int] = set()
         """Engine ids of its sequences that have not ended."""
         self._awaited_ids: set[int] = set()
-        """Of these, those whose next token is not held: a first one, and whichever may complete a stop string."""
-        self._stoppable_ids: set[int] = set()
+        """Of these, those whose next token is not held: it is their first, or they want each."""
+        self._eager_ids: set[int] = set()
+        """Of these, those that want each token."""
         self._decoder: FrameDecoder[ToEngine] = FrameDecoder(ToEngine)
-        self._held = bytearray()
+        self._held: list[Report] = []
         self._unsent = bytearray()
-        self._reported_at = 0.0
+        self._released_at = 0.0
         connection.setblocking(False)
 
     @property
@@ -74,31 +75,31 @@ class FrontEnd:
             raise FrontEndLost(str(error)) from None
         return [self._with_engine_ids(message) for message in messages]
 
-    def send(self, message: FromEngine) -> None:
+    def send(self, *messages: FromEngine) -> None:
         """Sends what the socket takes and keeps the rest. Raises FrontEndLost."""
-        self._held += encode_frame(message)
-        self.release()
-
-    def report(self, report: Report, now: float, *, can_hold: bool) -> None:
-        """Sends its share of a step's report, or if nobody there waits for it holds it for a later one.
-
-        That is the first one with news, or HOLD_SECONDS after what was sent last. Raises FrontEndLost.
-        """
-        mine = [index for index, key in enumerate(report.ids) if key >> ID_BITS == self.number]
-        self._held += encode_frame(self._share_of(report, mine))
-        if self._note_news(report, mine) or not can_hold or now - self._reported_at >= HOLD_SECONDS:
-            self._reported_at = now
-            self.release()
-
-    def release(self) -> None:
-        """Sends what was held. Raises FrontEndLost."""
-        if not self._held:
-            return
-        self._unsent += self._held
-        self._held.clear()
+        for message in messages:
+            self._unsent += encode_frame(message)
         self.flush()
         if len(self._unsent) > MAX_UNSENT_BYTES:
             raise FrontEndLost("it does not read")
+
+    def report(self, report: Report, now: float, *, can_hold: bool) -> None:
+        """Sends its share of a step's report, or holds it if it can and nobody there waits for it.
+
+        What is held goes out with the next report that has news, or the first that comes HOLD_SECONDS after the last
+        that went out. Raises FrontEndLost.
+        """
+        mine = [index for index, key in enumerate(report.ids) if key >> ID_BITS == self.number]
+        self._held.append(self._share_of(report, mine))
+        if self._note_news(report, mine) or not can_hold or now - self._released_at >= HOLD_SECONDS:
+            self.release(now)
+
+    def release(self, now: float) -> None:
+        """Sends what was held. Raises FrontEndLost."""
+        if self._held:
+            self._released_at = now
+            self.send(*self._held)
+            self._held.clear()
 
     def flush(self) -> None:
         """Sends what was kept, as far as it goes. Raises FrontEndLost."""
@@ -116,8 +117,8 @@ class FrontEnd:
         ended = {report.ids[index] for index in mine if report.finishes[index]}
         has_news = bool(ended) or not self._awaited_ids.isdisjoint(reported)
         self.open_ids -= ended
-        self._stoppable_ids -= ended
-        self._awaited_ids -= reported - self._stoppable_ids
+        self._eager_ids -= ended
+        self._awaited_ids -= reported - self._eager_ids
         return has_news
 
     def _share_of(self, report: Report, mine: list[int]) -> Report:
@@ -143,8 +144,8 @@ class FrontEnd:
         key = self._key(message.id)
         self.open_ids.add(key)
         self._awaited_ids.add(key)
-        if message.limits.has_stop_strings:
-            self._stoppable_ids.add(key)
+        if message.wants_each_token:
+            self._eager_ids.add(key)
         return msgspec.structs.replace(message, id=key)
 
     def _key(self, sequence_id: int) -> int:

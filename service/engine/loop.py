@@ -11,6 +11,7 @@ import os
 import selectors
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from service.engine.engine import Engine
@@ -39,7 +40,7 @@ class EngineLoop:
         """Turns until nobody reads the heartbeat any more."""
         while self._heartbeat.beat(time.monotonic()):
             self._poll(0.0 if self._engine.has_work else BEAT_SECONDS)
-            if self._engine.has_waiting:
+            if self._engine.expects_prompts:
                 self._release()
             report = self._engine.step()
             if report is not None:
@@ -91,22 +92,21 @@ class EngineLoop:
     def _deliver(self, report: Report) -> None:
         """One report per front end, with its own sequences and everyone's statistics.
 
-        Behind a step that only decoded it can be held: the next one will soon have ended, unless there is none.
+        It can be held where the next one comes soon: there is one, and it only decodes.
         """
-        now = time.monotonic()
-        can_hold = report.stats.num_tokens == report.stats.num_rows and self._engine.has_work
-        for front_end in list(self._front_ends.values()):
-            try:
-                front_end.report(report, now, can_hold=can_hold)
-                self._watch(front_end)
-            except FrontEndLost as reason:
-                self._drop(front_end, reason)
+        now, can_hold = time.monotonic(), self._engine.has_work and not self._engine.expects_prompts
+        self._for_each(lambda front_end: front_end.report(report, now, can_hold=can_hold))
 
     def _release(self) -> None:
-        """What was held goes out before a step with a prompt, which may last long."""
+        """What is held goes out before a step that may last long."""
+        now = time.monotonic()
+        self._for_each(lambda front_end: front_end.release(now))
+
+    def _for_each(self, send: Callable[[FrontEnd], None]) -> None:
+        """Has every front end send something, and drops those that are lost."""
         for front_end in list(self._front_ends.values()):
             try:
-                front_end.release()
+                send(front_end)
                 self._watch(front_end)
             except FrontEndLost as reason:
                 self._drop(front_end, reason)

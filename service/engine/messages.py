@@ -39,14 +39,13 @@ class Limits(msgspec.Struct, frozen=True, array_like=True):
     deadline: float
     arrival: float
     priority: int = 0
-    has_stop_strings: bool = False
-    """Its front end may end it for what its text says: each token is wanted at once."""
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     """Start a sequence. `token_ids` are the prompt and, after an engine restart, what was generated before it.
 
-    `cache_root` seeds the prefix digests (tenant, salt); None bypasses the prefix cache.
+    `cache_root` seeds the prefix digests (tenant, salt); None bypasses the prefix cache. `wants_each_token` keeps its
+    tokens from being held: the front end may end it for any of them, as for a stop string.
     """
 
     id: int
@@ -55,6 +54,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     sampling: Sampling
     limits: Limits
     cache_root: bytes | None
+    wants_each_token: bool = False
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
@@ -105,8 +105,8 @@ class Report(msgspec.Struct, frozen=True, array_like=True, tag="report"):
     """Everything one step produced for one front end; entry i of ids, token_ids, finishes belongs together.
 
     `token_ids[i]` is NO_TOKEN where a sequence ended without a new token. `logprobs` is empty or as long as `ids`.
-    `preemptions[i]` counts how often the sequence was preempted so far. Tokens were drawn when the step ended, which can
-    be some time before a report of it arrives.
+    `preemptions[i]` counts how often the sequence was preempted so far. `ended_at` is when the tokens were drawn, some
+    time before the report arrives; it means nothing where there are none.
     """
 
     ids: list[int]

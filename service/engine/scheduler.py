@@ -54,6 +54,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._leaving: set[Sequence] = set()
+        self._only_decodes = True
 
     @property
     def num_running(self) -> int:
@@ -77,6 +78,11 @@ class Scheduler:
     def has_outcomes(self) -> bool:
         """Whether `take` would give any outcome."""
         return bool(self._outcomes)
+
+    @property
+    def expects_prompts(self) -> bool:
+        """Whether the step chosen last has a part of a prompt, or the next one may start one."""
+        return not self._only_decodes or bool(self._waiting and self._free_slots)
 
     def __contains__(self, sequence_id: int) -> bool:
         """Whether the sequence has not ended."""
@@ -105,7 +111,9 @@ class Scheduler:
         share = self.budget.share([sequence.num_uncomputed for sequence in self._running].count(1))
         share = self._continue(rows, share)
         self._admit(rows, share, now)
-        return Batch(rows, sum([row.num_tokens for row in rows]))
+        num_tokens = sum([row.num_tokens for row in rows])
+        self._only_decodes = num_tokens == len(rows)
+        return Batch(rows, num_tokens)
 
     def commit(self, batch: Batch, sampled: Sampled) -> None:
         """Takes in an ended step: its tokens, the blocks it filled, and whatever only it still held."""

@@ -22,10 +22,11 @@ def make_submit(
     priority: int = 0,
     cache_root: bytes | None = None,
     num_logprobs: int = -1,
-    has_stop_strings: bool = False,
+    wants_each_token: bool = False,
 ) -> Submit:
-    limits = Limits(max_new, min_new, end, deadline, arrival, priority, has_stop_strings)
-    return Submit(sequence_id, prompt, len(prompt), Sampling(seed=seed, num_logprobs=num_logprobs), limits, cache_root)
+    limits = Limits(max_new, min_new, end, deadline, arrival, priority)
+    sampling = Sampling(seed=seed, num_logprobs=num_logprobs)
+    return Submit(sequence_id, prompt, len(prompt), sampling, limits, cache_root, wants_each_token)
 
 
 @dataclass

@@ -48,11 +48,32 @@ def test_it_recovers_when_the_machine_does() -> None:
     assert settle(budget, overhead=0.01, cost=0.0001) > 400
 
 
-def test_one_slow_step_changes_little() -> None:
+def test_a_slow_step_makes_one_share_small() -> None:
     budget = PrefillBudget(512, 16, TARGET)
+    budget.observe(4, 0, 0.02)
     before = settle(budget, overhead=0.02, cost=0.001)
     budget.observe(4, before, 5.0)
+    assert budget.share(4) == 16
+    assert settle(budget, overhead=0.02, cost=0.001, num_steps=1) == pytest.approx(before, rel=0.1)
+
+
+def test_a_quick_step_makes_none_large() -> None:
+    budget = PrefillBudget(512, 16, TARGET)
+    before = settle(budget, overhead=0.02, cost=0.001)
+    budget.observe(4, before, 0.03)
     assert budget.share(4) == pytest.approx(before, rel=0.1)
+
+
+def test_the_target_holds_while_a_token_costs_more_with_every_step() -> None:
+    """As deep in a long prompt, where each attends to all before it."""
+    budget = PrefillBudget(512, 16, TARGET)
+    cost = 0.0003
+    settle(budget, overhead=0.01, cost=cost)
+    for _ in range(12):
+        cost *= 1.1
+        share = budget.share(4)
+        budget.observe(4, share, 0.01 + share * cost)
+        assert 0.01 + share * cost < 1.15 * TARGET
 
 
 def test_prompts_progress_however_slow_decoding_is() -> None:

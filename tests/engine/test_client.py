@@ -21,7 +21,7 @@ from tests.engine.ledger import make_submit
 from tests.engine.served import Recorder, ServedEngine, until
 
 PROMPT = [1, 2, 3, 4, 5]
-Serve = Callable[[], ServedEngine]
+Serve = Callable[..., ServedEngine]
 
 
 @pytest.fixture
@@ -34,10 +34,10 @@ def serve(path: str) -> Iterator[Serve]:
     """Starts an engine; those not ended by the test end with it."""
     engines: list[ServedEngine] = []
 
-    def start() -> ServedEngine:
+    def start(depth: int = 0) -> ServedEngine:
         while engines:
             engines.pop().end()
-        engines.append(ServedEngine(path))
+        engines.append(ServedEngine(path, depth))
         return engines[0]
 
     yield start
@@ -285,11 +285,12 @@ async def test_a_front_end_that_does_not_read_is_dropped(
         await until(lambda: client.stats.num_running == 0 and not engine.engine.has_work)
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 async def test_tokens_are_held_but_not_behind_a_prompt_nor_for_ever(
-    serve: Serve, client: EngineClient, events: Events, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, client: EngineClient, events: Events, monkeypatch: pytest.MonkeyPatch, depth: int
 ) -> None:
     monkeypatch.setattr(front_end, "HOLD_SECONDS", 3600.0)
-    served = serve()
+    served = serve(depth)
     await until(lambda: client.is_up)
     streaming, prompted = Recorder(), Recorder()
     served.num_free_steps = 20
@@ -300,8 +301,8 @@ async def test_tokens_are_held_but_not_behind_a_prompt_nor_for_ever(
     served.prompt_gate.clear()
     client.submit(make_submit(2, PROMPT, 3), prompted)
     served.gate.set()
-    await until(lambda: len(streaming.token_ids) == 21)  # and the step at the gate
-    assert not prompted.starts
+    await until(lambda: len(streaming.token_ids) >= 21)  # and the step at the gate
+    assert not prompted.token_ids
     served.prompt_gate.set()
     assert await streaming.end() == await prompted.end() == FinishCode.LENGTH
     assert streaming.token_ids == expected_tokens(PROMPT, 40, Sampling())

@@ -16,15 +16,29 @@ NUMBER = 3
 SOON = HOLD_SECONDS / 4
 
 
-class Peer:
-    """The other end. Sequences 0 and 1 have been submitted; 1 has stop strings."""
+def report_of(ended_at: float, keys: list[int], **columns: list[int]) -> Report:
+    """A token for each sequence, or what is given."""
+    return Report(
+        ids=keys,
+        token_ids=columns.get("token_ids", [7] * len(keys)),
+        finishes=columns.get("finishes", [FinishCode.NONE] * len(keys)),
+        preemptions=[0] * len(keys),
+        logprobs=[],
+        starts=[],
+        ended_at=ended_at,
+        stats=StepStats(),
+    )
 
-    def __init__(self) -> None:
+
+class Peer:
+    """The other end. Sequences 0 and 1 have been submitted; 1 wants each token."""
+
+    def __init__(self, number: int = NUMBER) -> None:
         ours, self._theirs = socket.socketpair(socket.AF_UNIX)
         self._theirs.setblocking(False)
         self._decoder: FrameDecoder[FromEngine] = FrameDecoder(FromEngine)
-        self.front_end = FrontEnd(NUMBER, ours)
-        for submit in (make_submit(0, [1]), make_submit(1, [1], has_stop_strings=True)):
+        self.front_end = FrontEnd(number, ours)
+        for submit in (make_submit(0, [1]), make_submit(1, [1], wants_each_token=True)):
             self.submit(submit)
 
     def submit(self, submit: Submit) -> None:
@@ -32,18 +46,12 @@ class Peer:
         self.front_end.read()
 
     def tell(self, now: float, *ids: int, can_hold: bool = True, **columns: list[int]) -> None:
-        """A report of a token for each sequence, or of what is given."""
-        report = Report(
-            ids=[NUMBER << ID_BITS | sequence_id for sequence_id in ids],
-            token_ids=columns.get("token_ids", [7] * len(ids)),
-            finishes=columns.get("finishes", [FinishCode.NONE] * len(ids)),
-            preemptions=[0] * len(ids),
-            logprobs=[],
-            starts=[],
-            ended_at=now,
-            stats=StepStats(),
-        )
+        """A report of these of its sequences."""
+        report = report_of(now, [self.key(sequence_id) for sequence_id in ids], **columns)
         self.front_end.report(report, now, can_hold=can_hold)
+
+    def key(self, sequence_id: int) -> int:
+        return self.front_end.number << ID_BITS | sequence_id
 
     def heard(self) -> list[float]:
         """When the steps ended whose reports have arrived since the last call."""
@@ -91,9 +99,9 @@ def test_no_token_is_held_that_may_complete_a_stop_string(peer: Peer) -> None:
     for turn in range(1, 4):
         peer.tell(1.0 + turn * SOON, 0, 1)
         assert peer.heard() == [1.0 + turn * SOON]
-    peer.tell(2.0, 1, finishes=[FinishCode.LENGTH])
-    assert peer.heard() == [2.0]
-    peer.tell(2.0 + SOON, 0)
+    peer.tell(1.0 + 4 * SOON, 1, finishes=[FinishCode.LENGTH])
+    assert peer.heard() == [1.0 + 4 * SOON]
+    peer.tell(1.0 + 5 * SOON, 0)
     assert peer.heard() == []
 
 
@@ -102,7 +110,7 @@ def test_an_end_is_not_held(peer: Peer, token_id: int) -> None:
     peer.tell(1.0 + SOON, 0)
     peer.tell(1.0 + 2 * SOON, 0, finishes=[FinishCode.LENGTH], token_ids=[token_id])
     assert peer.heard() == [1.0 + SOON, 1.0 + 2 * SOON]
-    assert peer.front_end.open_ids == {NUMBER << ID_BITS | 1}
+    assert peer.front_end.open_ids == {peer.key(1)}
 
 
 def test_nothing_is_held_behind_what_may_last(peer: Peer) -> None:
@@ -110,14 +118,31 @@ def test_nothing_is_held_behind_what_may_last(peer: Peer) -> None:
     assert peer.heard() == [1.0 + SOON]
     peer.tell(1.0 + 2 * SOON, 0)
     assert peer.heard() == []
-    peer.front_end.release()
+    peer.front_end.release(1.0 + 2 * SOON)
     assert peer.heard() == [1.0 + 2 * SOON]
 
 
 def test_a_sequence_given_again_is_awaited_again(peer: Peer) -> None:
-    """As after an end: ids may come back."""
+    """Ids may come back once their end was reported."""
     peer.tell(1.0 + SOON, 0, finishes=[FinishCode.CANCELLED], token_ids=[NO_TOKEN])
     peer.submit(make_submit(0, [1]))
     peer.heard()
     peer.tell(1.0 + 2 * SOON, 0)
     assert peer.heard() == [1.0 + 2 * SOON]
+
+
+def test_another_front_ends_news_is_none_here(peer: Peer) -> None:
+    other = Peer(NUMBER + 1)
+    report = report_of(1.0 + SOON, [peer.key(0), other.key(0)])
+    for front_end in (peer.front_end, other.front_end):
+        front_end.report(report, 1.0 + SOON, can_hold=True)
+    assert peer.heard() == []
+    assert other.heard() == [1.0 + SOON]
+    other.close()
+
+
+def test_nothing_is_remembered_of_what_ended(peer: Peer) -> None:
+    peer.submit(make_submit(2, [1]))
+    peer.tell(1.0 + SOON, 0, 1, 2, finishes=[FinishCode.LENGTH, FinishCode.CANCELLED, FinishCode.DEADLINE])
+    front_end = peer.front_end
+    assert not (front_end.open_ids or front_end._awaited_ids or front_end._eager_ids or front_end._held)

@@ -26,8 +26,9 @@ FULL_SUBMIT = Submit(
     token_ids=[0, 1, 2**31],
     num_prompt=2,
     sampling=Sampling(0.5, 3, 0.9, 0.1, 1.1, -0.5, 0.5, ((7, -1.5), (8, 100.0)), 2**64 - 1, 20),
-    limits=Limits(5, 1, (1, 2), 1e9, 12.5, -100, True),
+    limits=Limits(5, 1, (1, 2), 1e9, 12.5, -100),
     cache_root=b"\x00\xff",
+    wants_each_token=True,
 )
 FULL_REPORT = Report(
     ids=[1, 2],

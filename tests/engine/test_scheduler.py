@@ -279,6 +279,34 @@ def test_decoding_goes_on_beside_a_long_prompt(engine: Engine, ledger: Ledger, o
     assert ledger.tokens[2] == expected_tokens([3] * 64, 4, Sampling())
 
 
+def test_prompts_are_expected_while_there_are_any(engine: Engine, ledger: Ledger) -> None:
+    """In the step launched last, or in the next one; behind these nothing should wait."""
+    assert not engine.expects_prompts
+    engine.submit(make_submit(1, [3] * 40, 9))
+    seen = [engine.expects_prompts]
+    while 1 not in ledger.tokens:
+        step(engine, ledger)
+        seen.append(engine.expects_prompts)
+    assert all(seen[:-1])
+    step(engine, ledger)
+    assert not engine.expects_prompts
+    engine.submit(make_submit(2, [4, 5], 3))
+    assert engine.expects_prompts
+    run_to_end(engine, ledger)
+    assert not engine.expects_prompts
+
+
+def test_what_cannot_start_is_not_expected(clock: FakeClock, ledger: Ledger) -> None:
+    engine = Engine(FakeRunner(replace(SHAPE, num_slots=1)), EngineOptions(), clock)
+    engine.submit(make_submit(1, [1, 2], 9))
+    engine.submit(make_submit(2, [3, 4], 3))
+    for _ in range(2):
+        step(engine, ledger)
+    assert not engine.expects_prompts
+    run_to_end(engine, ledger)
+    assert len(ledger.tokens[2]) == 3
+
+
 def test_more_slots_than_batch_tokens_starve_nobody(ledger: Ledger, options: EngineOptions, clock: FakeClock) -> None:
     engine = Engine(FakeRunner(replace(SHAPE, max_batch_tokens=3)), options, clock)
     for sequence_id in range(9):

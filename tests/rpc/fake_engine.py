@@ -46,8 +46,12 @@ class FakeSequence:
 
     submit: Submit
     listener: Generation
-    is_started: bool = False
+    started_at: float | None = None
     num_tokens: int = 0
+
+    @property
+    def is_started(self) -> bool:
+        return self.started_at is not None
 
 
 @dataclass
@@ -65,6 +69,8 @@ class FakeEngine:
     finish_code: FinishCode = FinishCode.LENGTH
     num_cached: int = 0
     preemptions: int = 0
+    token_seconds: float | None = None
+    """Between the times at which tokens are said to have been drawn; None for when they are told."""
 
     def __post_init__(self) -> None:
         self.sequences: dict[int, FakeSequence] = {}
@@ -145,12 +151,15 @@ class FakeEngine:
     def _advance(self, sequence: FakeSequence) -> None:
         submit, listener = sequence.submit, sequence.listener
         if not sequence.is_started:
-            sequence.is_started = True
-            listener.on_start(Start(submit.id, time.monotonic(), self.num_cached))
+            sequence.started_at = time.monotonic()
+            listener.on_start(Start(submit.id, sequence.started_at, self.num_cached))
             return
         token_id = self.script[sequence.num_tokens % len(self.script)]
         sequence.num_tokens += 1
-        listener.on_token(token_id, self._logprobs(submit, token_id), self.preemptions, time.monotonic())
+        drawn_at = time.monotonic()
+        if self.token_seconds is not None:
+            drawn_at = sequence.started_at + sequence.num_tokens * self.token_seconds
+        listener.on_token(token_id, self._logprobs(submit, token_id), self.preemptions, drawn_at)
         self.on_stats(StepStats(num_running=len(self.sequences), num_rows=1, num_tokens=1, num_sampled=1))
         limits = submit.limits
         if token_id in limits.end_token_ids and sequence.num_tokens > limits.min_new_tokens:

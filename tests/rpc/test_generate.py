@@ -105,6 +105,15 @@ async def test_a_stop_string_ends_the_sequence_in_the_engine(serve, include, exp
     assert served.engine.cancelled == [served.engine.submitted[0].id]
 
 
+@pytest.mark.parametrize("strings", [[], ["list"]])
+async def test_the_engine_is_told_whether_each_token_is_wanted(serve, strings):
+    served = await serve()
+    made = spec(2)
+    made.stop.stop_strings.extend(strings)
+    await served.stub.Generate(pb.GenerateRequest(spec=made))
+    assert [submit.wants_each_token for submit in served.engine.submitted] == [bool(strings)]
+
+
 async def test_a_stop_string_ends_the_sequence_though_nobody_reads(serve):
     served = await serve()
     made = spec()

@@ -92,6 +92,18 @@ async def test_metrics_equal_what_callers_saw(serve):
     assert_reconciled(samples)
 
 
+async def test_a_tokens_time_is_when_it_was_drawn(serve):
+    """Reports of them can be held."""
+    served = await serve(FakeEngine(token_seconds=5.0))
+    answer = await served.stub.Generate(request(4))
+    timing = answer.finished.timing
+    assert timing.first_token.ToNanoseconds() - timing.queue.ToNanoseconds() == pytest.approx(5e9, rel=1e-6)
+    samples = await scrape(served)
+    assert value(samples, "quire_inter_token_latency_seconds_sum") == pytest.approx(15.0)
+    assert value(samples, "quire_request_prefill_seconds_sum") == pytest.approx(5.0)
+    assert value(samples, "quire_time_per_output_token_seconds_sum") == pytest.approx(5.0)
+
+
 async def test_every_end_counts_once_and_every_scrape_adds_up(serve):
     served = await serve(FakeEngine(max_started=8, pause_at=2), default_deadline_seconds=0.3)
     finished, cancelled, late = [], [], []
