@@ -6,9 +6,9 @@ A policy object: it sees counts and measured seconds, never sequences. A step th
 
 so the share that meets the target is (target - overhead) / seconds_per_token. The overhead is a median over the last
 steps. A token's cost grows with the context before it, so that a median would always be late: it is that of the last
-step, unless the two before it say more. A slow step (another process wanted the core) makes one share small, a quick one
-none large. A stale overhead does no lasting harm: it enters both sides, so that the share settles where the measured
-step meets the target, whatever the overhead is believed to be.
+step, unless the two before it say more. A slow step (another process wanted the core) makes one share small, a quick
+one none large. A stale overhead does no lasting harm: it enters both sides, so that the share settles where the
+measured step meets the target, whatever the overhead is believed to be.
 """
 
 from __future__ import annotations
