@@ -5,7 +5,6 @@ It owns the parameters, the cache and the tables by slot. It does not know why r
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from dataclasses import dataclass
 from importlib import import_module
@@ -30,6 +29,7 @@ from model.interface import (
     Sampling,
 )
 from model.kv_cache import affordable_blocks
+from model.malloc import large_pieces_given_back
 from model.native.library import Kernels
 from model.sampling import Sampler
 from model.threads import plan_threads
@@ -92,9 +92,9 @@ def load_runner(options: RunnerOptions, progress: Progress | None = None) -> tup
         raise ValueError("pin_threads: only the native backend's threads can be tied to CPUs")
     if kernels is not None and threads.cpus:
         kernels.keep_to_cpus(threads.cpus)
-    weights = load_weights(Path(options.model_dir), tensor_map, dtype, progress)
-    num_parameters = sum(parameter.numel() for parameter in weights.parameters.values())
-    with torch.inference_mode():
+    with large_pieces_given_back(), torch.inference_mode():
+        weights = load_weights(Path(options.model_dir), tensor_map, dtype, progress)
+        num_parameters = sum(parameter.numel() for parameter in weights.parameters.values())
         model = assemble(config, weights.parameters, shape, dtype, options.quantization, kernels)
     if model.packer.num_tiled:
         _logger.warning("%s linears: %d shapes run in fixed tiles, slower", model.packer.name, model.packer.num_tiled)
@@ -102,7 +102,6 @@ def load_runner(options: RunnerOptions, progress: Progress | None = None) -> tup
         _logger.info("tensors not used: %s", ", ".join(weights.unused))
     runner = TorchRunner(model.forward, shape)
     warm_up(runner)
-    _give_back_memory()
     return runner, _facts(config, options, weights.digest, num_parameters, model, kernels)
 
 
@@ -120,13 +119,6 @@ def warm_up(runner: TorchRunner) -> None:
     for row in steps:
         if row.start + row.num_tokens <= room:
             runner.launch(Batch([row], row.num_tokens)).result()
-
-
-def _give_back_memory() -> None:
-    """What loading took and released stays with the C library otherwise: of a quantized model more than its weights."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # not every C library is GNU's
-        trim(0)
 
 
 def _plan_shape(config: ModelConfig, options: RunnerOptions) -> RunnerShape:
