@@ -30,7 +30,7 @@ stubs = $(BIN)/python -m grpc_tools.protoc -Iservice/pb=proto --python_out=$(1) 
 say = @echo "quire: $(1)"
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 serve: $(RUNTIME) $(COMMAND) $(NATIVE) ## install what is missing, then serve (ARGS="--model DIR --port 50051 ...")
 	@exec $(BIN)/quire serve $(ARGS)
@@ -60,6 +60,9 @@ lint-proto:
 	@if command -v npx >/dev/null; then npx --yes $(BUF) lint && echo "buf: clean"; \
 	 else echo "skipped: buf lint (npx is not installed)"; fi
 
+kernels-check: $(DEV) ## compile the kernels for a card, which need not be there; last line is JSON (ARGS="MODULE ...")
+	@$(BIN)/python -m model.gpu.check $(ARGS)
+
 bench: $(DEV) $(COMMAND) $(NATIVE) ## measure the bare engine and the way through gRPC; last line is JSON
 	@$(BIN)/python -m loadtest.bench $(ARGS)
 
@@ -85,7 +88,7 @@ clean: ## remove everything that was built, the environment included
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 
-.PHONY: help serve test test-slow lint lint-style lint-types lint-stubs lint-proto bench loadtest proto lock native clean
+.PHONY: help serve test test-slow lint lint-style lint-types lint-stubs lint-proto kernels-check bench loadtest proto lock native clean
 
 # ---- set-up, one stage per stamp ----
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 # slow each other down a hundredfold. The engine process sets the same.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Read when triton is imported: kernels for a card run in its interpreter. Said here, since transformers imports torch's
+# compiler and with it triton: once triton's own functions are compiled ones, interpreted kernels cannot call them.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

@@ -42,8 +42,13 @@ def pins(lock: str) -> dict[str, set[str]]:
 @pytest.mark.parametrize("lock", LOCKS)
 def test_locks_leave_torch_to_the_machine_and_name_no_index(lock: str) -> None:
     text = (ROOT / lock).read_text()
-    assert not re.search(r"^(torch|nvidia|triton)", text, re.MULTILINE)
+    assert not re.search(r"^(torch|nvidia)", text, re.MULTILINE)
     assert "://" not in text
+
+
+def test_triton_is_for_development_only() -> None:
+    """A server with a card runs the one that came with its torch."""
+    assert ["triton" in pins(lock) for lock in LOCKS] == [False, True]
 
 
 @pytest.mark.parametrize("lock", LOCKS)
@@ -94,13 +99,13 @@ def test_packages_have_empty_init_files() -> None:
 def test_help_lists_every_target_that_people_call() -> None:
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
     listed = re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE)
-    assert listed == "help serve test test-slow lint bench loadtest proto lock native clean".split()
+    assert listed == "help serve test test-slow lint kernels-check bench loadtest proto lock native clean".split()
     phony = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0].split()
     assert set(listed) <= set(phony)
 
 
 @pytest.mark.parametrize(
-    "target", ["serve", "test", "test-slow", "lint", "bench", "loadtest", "proto", "lock", "native"]
+    "target", ["serve", "test", "test-slow", "lint", "kernels-check", "bench", "loadtest", "proto", "lock", "native"]
 )
 def test_targets_can_be_resolved(target: str) -> None:
     done = subprocess.run(

@@ -56,6 +56,20 @@ def test_torch_lives_in_model_only():
     assert not found & {"model/interface.py", "model/config.py", "model/info.py"}
 
 
+def test_triton_lives_with_the_kernels_for_a_card():
+    found = importers("triton", "model", "service", "loadtest")
+    assert "model/gpu/check.py" in found
+    assert not outside(found, "model/gpu/")
+
+
+def test_kernels_for_a_card_know_tensors_and_the_model():
+    """Nor does the service know them: a runner is all that it names."""
+    for path in sources("model/gpu"):
+        roots = {name.split(".")[0] for name in imports_of(path)}
+        assert roots <= {"model", "numpy", "torch", "triton", *sys.stdlib_module_names}, f"{name_of(path)}: {roots}"
+    assert not importers("model.gpu", "service")
+
+
 def test_grpc_lives_at_the_door_and_in_the_client():
     found = importers("grpc", "model", "service")
     found |= importers("grpc_health", "model", "service") | importers("grpc_reflection", "model", "service")
