@@ -1,0 +1,136 @@
+"""The host's plan of one step's attention: which pieces of it the card works through, and how they meet again.
+
+It owns how rows are cut, and the order of the numbers that the kernels of model/gpu/attention.py read. It knows neither
+torch nor triton, and no values: lengths only. NumPy does all of it, nothing runs row by row.
+
+A row's query tokens are cut into tiles, and the positions that a tile sees into splits, whose borders are multiples of
+a fixed number whatever the batch, the chunk and the window:
+
+    positions    0 ......... split ......... 2 split ......... 3 split ...
+    tile                  kv_lo |<------ what it sees ------>| kv_hi
+    items                 |<--->|<---------->|<------------->|          one each, and each for every key/value head
+
+An item that is alone in its tile writes the result. The others write partial results, side by side by token: token i of
+a tile with n splits has the places [base + i * n, base + (i + 1) * n), split after split. One merge a token follows.
+
+A plan is one array of int32:
+
+    header   number of decode items, of prefill items, of merges; five zeros
+    items    decode's, then prefill's, the longest first; eight numbers each:
+             sequence, first query token of the step, number of query tokens, position of the first,
+             kv_lo, kv_hi, place of the first token's partial result, number of the tile's splits
+    merges   four numbers each: query token of the step, place of its first partial result, their number, zero
+
+A row of one query token is decode, any other is prefill. Rows without tokens or without context are padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+HEADER_SIZE = 8
+ITEM_SIZE = 8
+MERGE_SIZE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the rows of one kind are cut."""
+
+    num_queries: int
+    """Query tokens of a tile, at most."""
+    split: int
+    """Positions of a split."""
+    window: int | None = None
+    """Positions that a token sees, its own with them; all of its past without one."""
+
+    def max_splits(self, max_context: int) -> int:
+        """The most splits that a tile can have where no context is longer than `max_context`."""
+        most = -(-max_context // self.split)
+        if self.window is None:
+            return most
+        return min(most, (self.window + self.num_queries - 3) // self.split + 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """The most that plans within some limits can ask for."""
+
+    num_words: int
+    """Numbers of a plan."""
+    num_partials: int
+    """Partial results, of all query heads of a token each."""
+
+
+def capacity_of(decode: Cut, prefill: Cut, max_rows: int, max_tokens: int, max_context: int) -> Capacity:
+    """What plans need of steps of at most so many rows and query tokens, with contexts of at most `max_context`."""
+    max_tiles = max_tokens // prefill.num_queries + max_rows
+    decode_splits, prefill_splits = decode.max_splits(max_context), prefill.max_splits(max_context)
+    num_items = max_rows * decode_splits + max_tiles * prefill_splits
+    num_partials = max_rows * decode_splits * (decode_splits > 1) + max_tokens * prefill_splits * (prefill_splits > 1)
+    num_merges = max_rows * (decode_splits > 1) + max_tokens * (prefill_splits > 1)
+    return Capacity(HEADER_SIZE + num_items * ITEM_SIZE + num_merges * MERGE_SIZE, num_partials)
+
+
+def plan_work(
+    query_starts: NDArray[np.int32], context_lens: NDArray[np.int32], decode: Cut, prefill: Cut
+) -> NDArray[np.int32]:
+    """The plan of one step: int32, one dimension.
+
+    Row r brings the query tokens [query_starts[r], query_starts[r + 1]), the last of its context_lens[r] positions.
+    """
+    counts = np.diff(query_starts)
+    is_live = (counts > 0) & (context_lens > 0)
+    assert (counts <= context_lens)[is_live].all()
+    spans = query_starts[:-1], counts, context_lens
+    decode_items, decode_merges = _cut_rows(np.flatnonzero(is_live & (counts == 1)), *spans, decode, first_place=0)
+    first_place = int(decode_merges[:, 2].sum())
+    prefill_items, prefill_merges = _cut_rows(np.flatnonzero(is_live & (counts > 1)), *spans, prefill, first_place)
+    header = np.zeros(HEADER_SIZE, np.int32)
+    header[:3] = len(decode_items), len(prefill_items), len(decode_merges) + len(prefill_merges)
+    parts = header, decode_items, prefill_items, decode_merges, prefill_merges
+    return np.concatenate([part.ravel() for part in parts], dtype=np.int32, casting="same_kind")
+
+
+def _cut_rows(
+    rows: NDArray[np.int64],
+    starts: NDArray[np.int32],
+    counts: NDArray[np.int32],
+    context_lens: NDArray[np.int32],
+    cut: Cut,
+    first_place: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The items and merges of some rows; their partial results lie from `first_place` on."""
+    row, before = _expand(-(-counts[rows] // cut.num_queries))
+    row, before = rows[row], before * cut.num_queries  # of each tile: its row, and the row's query tokens before it
+    num_queries = np.minimum(cut.num_queries, counts[row] - before)
+    first_query, first_position = starts[row] + before, context_lens[row] - counts[row] + before
+    kv_hi = first_position + num_queries
+    kv_lo = np.zeros_like(kv_hi) if cut.window is None else np.maximum(0, first_position - cut.window + 1)
+    first_split = kv_lo // cut.split
+    num_splits = -(-kv_hi // cut.split) - first_split
+    num_places = np.where(num_splits > 1, num_queries * num_splits, 0)
+    base = first_place + np.cumsum(num_places) - num_places
+
+    tile, split = _expand(num_splits)
+    border = (first_split[tile] + split) * cut.split
+    lo, hi = np.maximum(kv_lo[tile], border), np.minimum(kv_hi[tile], border + cut.split)
+    of_tile = np.stack([row, first_query, num_queries, first_position], axis=1)[tile]
+    items = np.column_stack([of_tile, lo, hi, base[tile] + split, num_splits[tile]])
+    items = items[np.argsort(lo - hi, kind="stable")]  # the longest first: programs that take turns end together
+
+    tile, query = _expand(np.where(num_splits > 1, num_queries, 0))
+    places = base[tile] + query * num_splits[tile]
+    merges = np.column_stack([first_query[tile] + query, places, num_splits[tile], np.zeros_like(places)])
+    return items, merges
+
+
+def _expand(counts: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For counts (2, 0, 3): whose each of the five is, (0, 0, 2, 2, 2), and its place there, (0, 1, 0, 1, 2)."""
+    ends = np.cumsum(counts)
+    owners = np.repeat(np.arange(len(counts)), counts)
+    return owners, np.arange(len(owners)) - np.repeat(ends - counts, counts)
