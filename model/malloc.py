@@ -1,7 +1,7 @@
 """What the C library keeps of memory that was released: as little as it can while a model is loaded.
 
 Loading takes and releases pieces of every size. By its own rule the library soon takes them from its heap, where small
-ones that stay keep large ones from going back to the system: hundreds of megabytes at the peak, tens for good.
+ones that stay keep large ones from going back to the system: hundreds of megabytes at the peak, a few for good.
 """
 
 from __future__ import annotations

@@ -105,6 +105,8 @@ def _cut_rows(
     first_place: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The items and merges of some rows; their partial results lie from `first_place` on."""
+    if not len(rows):  # as in most steps, for one of the kinds
+        return np.empty((0, ITEM_SIZE), np.int64), np.empty((0, MERGE_SIZE), np.int64)
     row, before = _expand(-(-counts[rows] // cut.num_queries))
     row, before = rows[row], before * cut.num_queries  # of each tile: its row, and the row's query tokens before it
     num_queries = np.minimum(cut.num_queries, counts[row] - before)

@@ -81,7 +81,10 @@ class Scheduler:
 
     @property
     def expects_prompts(self) -> bool:
-        """Whether the step chosen last has a part of a prompt, or the next one may start one."""
+        """Whether the step chosen last has a part of a prompt, or the next one may start one.
+
+        That one can, where a slot is free: whether there are blocks for it is not looked into.
+        """
         return not self._only_decodes or bool(self._waiting and self._free_slots)
 
     def __contains__(self, sequence_id: int) -> bool:

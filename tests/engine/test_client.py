@@ -301,7 +301,8 @@ async def test_tokens_are_held_but_not_behind_a_prompt_nor_for_ever(
     served.prompt_gate.clear()
     client.submit(make_submit(2, PROMPT, 3), prompted)
     served.gate.set()
-    await until(lambda: len(streaming.token_ids) >= 21)  # and the step at the gate
+    # And the step at the gate; one launched ahead of the prompt ends while the prompt is computed.
+    await until(lambda: len(streaming.token_ids) == 21 + depth)
     assert not prompted.token_ids
     served.prompt_gate.set()
     assert await streaming.end() == await prompted.end() == FinishCode.LENGTH

@@ -133,7 +133,10 @@ def test_a_sequence_given_again_is_awaited_again(peer: Peer) -> None:
 
 def test_another_front_ends_news_is_none_here(peer: Peer) -> None:
     other = Peer(NUMBER + 1)
-    report = report_of(1.0 + SOON, [peer.key(0), other.key(0)])
+    other.tell(1.0, 0, 1)
+    assert other.heard() == [1.0]
+    other.submit(make_submit(2, [1]))
+    report = report_of(1.0 + SOON, [peer.key(0), other.key(2)])
     for front_end in (peer.front_end, other.front_end):
         front_end.report(report, 1.0 + SOON, can_hold=True)
     assert peer.heard() == []

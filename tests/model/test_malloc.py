@@ -11,7 +11,6 @@ import pytest
 STATUS = Path("/proc/self/status")
 SCRIPT = """
 import ctypes, sys
-from contextlib import nullcontext
 from model.malloc import large_pieces_given_back
 
 def resident():
