@@ -10,7 +10,6 @@ import pytest
 
 STATUS = Path("/proc/self/status")
 SCRIPT = """
-import ctypes, sys
 from model.malloc import large_pieces_given_back
 
 def resident():
@@ -18,6 +17,7 @@ def resident():
     return int(line.split()[1]) >> 10
 
 def load():
+    bytearray(30 << 20)  # behind whose release the library would take what is smaller from its heap
     kept = []
     for _ in range(100):
         large = bytearray(b"x" * (1 << 20))
