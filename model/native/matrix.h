@@ -41,10 +41,16 @@
 // What a matrix holds; the values are known to model/linear_native.py.
 typedef enum { FLOATS, BF16S, CODES, SHORT_BF16S } Numbers;
 
-// How words are multiplied. PAIRS: two bfloat16 of a word one after the other, on machines without dots of them.
-typedef enum { FLOAT_WORDS, PAIRS, PAIR_DOTS, CODE_DOTS } Kind;
+// How words are multiplied. Without dots of a whole word, its two parts go one after the other: PAIRS as two float32,
+// FOURS, of codes, as two pairs of 16-bit numbers. Then rows of x are widened before, and have two words for one.
+typedef enum { FLOAT_WORDS, PAIRS, PAIR_DOTS, HALF_DOTS, FOURS, CODE_DOTS } Kind;
 
 #define BF16_KIND (HAS_BF16_DOT ? PAIR_DOTS : PAIRS)
+#define CODE_KIND (HAS_CODE_DOT ? CODE_DOTS : FOURS)
+
+INLINE int num_parts(Kind kind) { return kind == PAIRS || kind == FOURS ? 2 : 1; }
+
+INLINE int is_of_codes(Kind kind) { return kind == HALF_DOTS || kind == FOURS || kind == CODE_DOTS; }
 
 typedef struct {
     const uint32_t *words;   // [num_tiles][num_words, filled up][TILE]; of shorts [num_tiles][groups][GROUP_BYTES]
@@ -81,6 +87,13 @@ INLINE int64_t tile_bytes(const Matrix *m) {
 // The start of a packed tile.
 INLINE const char *tile_at(const Matrix *m, int tile) { return (const char *)m->words + tile * tile_bytes(m); }
 
+INLINE Kind kind_of(const Matrix *m) {
+    return m->numbers == FLOATS ? FLOAT_WORDS : m->numbers == CODES ? CODE_KIND : BF16_KIND;
+}
+
+// Words of a row of x as it meets the weight.
+INLINE int64_t row_words(const Matrix *m) { return (int64_t)m->num_words * num_parts(kind_of(m)); }
+
 // Whether the tile registers multiply it.
 INLINE int fits_tmm(const Matrix *m) { return HAS_AMX && m->numbers != FLOATS; }
 
@@ -113,6 +126,7 @@ INLINE vec scaled_codes(const Matrix *m, const Product *p, int row, int output, 
 // Some rows that are held in registers together: block number `index` of `count` that meet a tile one after the other.
 typedef struct {
     int row, index, count;
+    const uint32_t *x;  // [rows][row_words], from `row` on
     // Room for the tile, or NULL: where the first block widens shorts for those after it. It holds one tile, so that
     // blocks with room meet one tile at a time (num_tiles == 1).
     uint32_t *wide;
@@ -144,38 +158,48 @@ INLINE void fetch_ahead(Fetch fetch, int64_t to_next_tile, int num_tiles) {
             __builtin_prefetch(fetch.ahead + j * to_next_tile + byte, 0, 2);
 }
 
-// Adds the products of one word of each row, the first of which is at `x`.
+// Part of a vector of words: of a pair one number, of codes two.
+INLINE uvec part_of(uvec words, int part, Kind kind) {
+    if (kind == PAIRS) return (uvec)(part ? second_bf16(words) : first_bf16(words));
+    if (kind == FOURS) return part ? odd_codes(words) : even_codes(words);
+    return words;
+}
+
+// Adds the products of one word of the weight; what the first row has for it is at `x`.
 INLINE void add_word(const uint32_t *x, int64_t stride, const uvec *weights, int num_rows, int num_tiles, Kind kind,
                      Sums sums, CodeSums code_sums) {
+#pragma GCC unroll 2
+    for (int part = 0; part < num_parts(kind); part++) {
+        uvec parts[2 * MAX_TILES];
 #pragma GCC unroll 16
-    for (int i = 0; i < num_rows; i++) {
-        const uvec both = splat_word(x[i * stride]);
+        for (int j = 0; j < 2 * num_tiles; j++) parts[j] = part_of(weights[j], part, kind);
 #pragma GCC unroll 16
-        for (int j = 0; j < 2 * num_tiles; j++) {
-            if (kind == CODE_DOTS) code_sums[i][j] = dot_codes(both, weights[j], code_sums[i][j]);
-            else if (kind == FLOAT_WORDS) sums[i][j] = multiply_add((vec)both, (vec)weights[j], sums[i][j]);
-            else if (kind == PAIR_DOTS) sums[i][j] = dot_bf16(both, weights[j], sums[i][j]);
-            else {
-                sums[i][j] = multiply_add(first_bf16(both), first_bf16(weights[j]), sums[i][j]);
-                sums[i][j] = multiply_add(second_bf16(both), second_bf16(weights[j]), sums[i][j]);
+        for (int i = 0; i < num_rows; i++) {
+            const uvec all = splat_word(x[i * stride + part]);
+#pragma GCC unroll 16
+            for (int j = 0; j < 2 * num_tiles; j++) {
+                if (kind == CODE_DOTS) code_sums[i][j] = dot_codes(all, parts[j], code_sums[i][j]);
+                else if (is_of_codes(kind)) code_sums[i][j] = dot_halves(all, parts[j], code_sums[i][j]);
+                else if (kind == PAIR_DOTS) sums[i][j] = dot_bf16(all, parts[j], sums[i][j]);
+                else sums[i][j] = multiply_add((vec)all, (vec)parts[j], sums[i][j]);
             }
         }
     }
 }
 
-INLINE void add_words(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int num_tiles, Kind kind,
-                      Sums sums, CodeSums code_sums) {
-    const int64_t stride = m->num_words, to_next_tile = tile_bytes(m);
-    const uint32_t *x = p->x + block.row * stride;
+INLINE void add_words(const Matrix *m, Block block, int tile, int num_rows, int num_tiles, Kind kind, Sums sums,
+                      CodeSums code_sums) {
+    const int64_t stride = row_words(m), to_next_tile = tile_bytes(m);
     const char *words = block.wide != NULL ? (const char *)block.wide : tile_at(m, tile);
+    const int num_words = kind == HALF_DOTS ? (int)stride : m->num_words;
     Fetch fetch = plan_fetch(m, tile, block, 1);
-    for (int word = 0; word < m->num_words; word++, words += 4 * TILE, fetch.ahead += fetch.bytes) {
+    for (int word = 0; word < num_words; word++, words += 4 * TILE, fetch.ahead += fetch.bytes) {
         uvec weights[2 * MAX_TILES];
 #pragma GCC unroll 16
         for (int j = 0; j < 2 * num_tiles; j++)
             weights[j] = load_words(words + (j / 2) * to_next_tile + (j % 2) * 4 * LANES);
         fetch_ahead(fetch, to_next_tile, num_tiles);
-        add_word(x + word, stride, weights, num_rows, num_tiles, kind, sums, code_sums);
+        add_word(block.x + word * num_parts(kind), stride, weights, num_rows, num_tiles, kind, sums, code_sums);
     }
 }
 
@@ -190,8 +214,8 @@ typedef struct {
     Fetch fetch;
 } Walk;
 
-INLINE Walk start_walk(const Matrix *m, const Product *p, Block block, int tile, int num_tiles) {
-    Walk walk = {.x = p->x + block.row * (int64_t)m->num_words, .stride = m->num_words, .to_next_tile = tile_bytes(m),
+INLINE Walk start_walk(const Matrix *m, Block block, int tile, int num_tiles) {
+    Walk walk = {.x = block.x, .stride = row_words(m), .to_next_tile = tile_bytes(m),
                  .groups = (const uint8_t *)tile_at(m, tile), .wide = block.wide,
                  .fetch = plan_fetch(m, tile, block, GROUP_WORDS)};
 #pragma GCC unroll 16
@@ -240,16 +264,17 @@ INLINE void add_group(Walk *walk, int group, int has_escaped, int num_rows, int 
         }
         walk->wide += GROUP_WORDS * TILE;
     }
-    add_word(walk->x + 2 * group, walk->stride, first, num_rows, num_tiles, BF16_KIND, sums, NULL);
-    add_word(walk->x + 2 * group + 1, walk->stride, second, num_rows, num_tiles, BF16_KIND, sums, NULL);
+    const uint32_t *x = walk->x + GROUP_WORDS * group * num_parts(BF16_KIND);
+    add_word(x, walk->stride, first, num_rows, num_tiles, BF16_KIND, sums, NULL);
+    add_word(x + num_parts(BF16_KIND), walk->stride, second, num_rows, num_tiles, BF16_KIND, sums, NULL);
     walk->groups += GROUP_BYTES, walk->fetch.ahead += walk->fetch.bytes;
 }
 
 // Groups that have not escaped go by without a look at the list: from one that has to the next.
-INLINE void add_shorts(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int num_tiles,
-                       int leaves_wide, Sums sums) {
+INLINE void add_shorts(const Matrix *m, Block block, int tile, int num_rows, int num_tiles, int leaves_wide,
+                       Sums sums) {
     const int num_groups = m->num_words / GROUP_WORDS;
-    Walk walk = start_walk(m, p, block, tile, num_tiles);
+    Walk walk = start_walk(m, block, tile, num_tiles);
     for (int group = 0;; group++) {
         const int escape = next_escape(&walk, num_tiles);
         for (; group < escape; group++) add_group(&walk, group, 0, num_rows, num_tiles, leaves_wide, sums);
@@ -270,13 +295,13 @@ INLINE void multiply_block(const Matrix *m, const Product *p, Block block, int t
     for (int i = 0; i < num_rows; i++)
 #pragma GCC unroll 16
         for (int j = 0; j < 2 * num_tiles; j++) {
-            if (kind == CODE_DOTS) code_sums[i][j] = (ivec){0};
+            if (is_of_codes(kind)) code_sums[i][j] = (ivec){0};
             else sums[i][j] = load(m->bias + tile * TILE + j * LANES);
         }
-    if (meeting == AS_PACKED) add_words(m, p, block, tile, num_rows, num_tiles, kind, sums, code_sums);
-    else add_shorts(m, p, block, tile, num_rows, num_tiles, meeting == LEAVING_WIDE, sums);
+    if (meeting == AS_PACKED) add_words(m, block, tile, num_rows, num_tiles, kind, sums, code_sums);
+    else add_shorts(m, block, tile, num_rows, num_tiles, meeting == LEAVING_WIDE, sums);
     for (int i = 0; i < num_rows; i++) {
-        if (kind == CODE_DOTS)
+        if (is_of_codes(kind))
             for (int j = 0; j < 2 * num_tiles; j++)
                 sums[i][j] = scaled_codes(m, p, block.row + i, tile * TILE + j * LANES, code_sums[i][j]);
         for (int j = 0; j < num_tiles; j++) store_sums(m, p, block.row + i, tile + j, sums[i] + 2 * j);
@@ -322,8 +347,23 @@ static void multiply_shorts(const Matrix *m, const Product *p, Block block, int 
     else if (HAS_SHORTS) multiply_rows(m, p, block, from, to, num_rows, BF16_KIND, WIDENING);
 }
 
+// Codes of a tile as halves, for all blocks.
+static void widen_tile(const Matrix *m, int tile, uint32_t *room) {
+    const char *words = tile_at(m, tile);
+    for (int word = 0; word < m->num_words; word++, words += 4 * TILE, room += 2 * TILE)
+        for (int lane = 0; lane < TILE; lane += LANES) {
+            const uvec codes = load_words(words + 4 * lane);
+            store_words(room + lane, even_codes(codes));
+            store_words(room + TILE + lane, odd_codes(codes));
+        }
+}
+
+static void multiply_halves(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
+    multiply_rows(m, p, block, from, to, num_rows, HALF_DOTS, AS_PACKED);
+}
+
 static void multiply_codes(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows) {
-    multiply_rows(m, p, block, from, to, num_rows, CODE_DOTS, AS_PACKED);
+    multiply_rows(m, p, block, from, to, num_rows, CODE_KIND, AS_PACKED);
 }
 
 // With tile registers: 4 to 7 hold two sets of rows and two halves of a tile, 0 to 3 the sums of each pair of them.
@@ -350,7 +390,7 @@ INLINE void copy_edge(const Matrix *m, const uint32_t *x, int num_rows, uint32_t
 
 INLINE void multiply_block_tmm(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int has_lower,
                                int is_codes) {
-    const uint32_t *x = p->x + (int64_t)block.row * m->num_words, *w = m->words + tile * tile_words(m);
+    const uint32_t *x = block.x, *w = m->words + tile * tile_words(m);
     const int num_whole = m->num_words / TMM_WORDS * TMM_WORDS;
     // Memory is kept busy while sums are made and while they are stored, which take about so many cycles.
     const Fetch fetch = plan_fetch(m, tile, block, 1);
@@ -422,8 +462,10 @@ static void multiply_blocks(const Matrix *m, const Product *p, Block first, int 
     const int per_block = ceil_div(last - first.row, first.count);
     // All blocks of rows meet a tile while it is near; a single block goes along all tiles.
     const int step = first.count == 1 ? to - from : 1;
-    for (int tile = from; tile < to; tile += step)
-        for (Block block = first; block.row < last; block.index++, block.row += per_block) {
+    for (int tile = from; tile < to; tile += step) {
+        if (first.wide != NULL && m->numbers == CODES) widen_tile(m, tile, first.wide);
+        for (Block block = first; block.row < last;
+             block.index++, block.row += per_block, block.x += per_block * row_words(m)) {
             const int num_rows = min_int(per_block, last - block.row);
             if (fits_tmm(m)) multiply_tmm(m, p, block, tile, tile + step, num_rows, shaped_for);
             else switch (m->numbers) {
@@ -434,9 +476,12 @@ static void multiply_blocks(const Matrix *m, const Product *p, Block first, int 
                         multiply_bf16s(m, p, block, tile, tile + step, num_rows);
                     else multiply_shorts(m, p, block, tile, tile + step, num_rows);
                     break;
-                default: multiply_codes(m, p, block, tile, tile + step, num_rows);
+                default:
+                    if (block.wide != NULL) multiply_halves(m, p, block, tile, tile + step, num_rows);
+                    else multiply_codes(m, p, block, tile, tile + step, num_rows);
             }
         }
+    }
 }
 
 #define MAX_WIDE_WORDS 3072  // of a widened tile that there is room for
@@ -450,26 +495,30 @@ static __attribute__((noinline)) void multiply_blocks_in_room(const Matrix *m, c
     multiply_blocks(m, p, first, last, from, to, shaped_for);
 }
 
-// The rows [first, last) times the tiles [from, to).
-static void multiply_panel(const Matrix *m, const Product *p, int first, int last, int from, int to, int *shaped_for) {
-    const Block block = {first, 0, ceil_div(last - first, max_rows(m)), NULL};
-    if (is_short(m) && block.count > 1 && m->num_words <= MAX_WIDE_WORDS)
+// The rows [first, last), which are at x, times the tiles [from, to).
+static void multiply_panel(const Matrix *m, const Product *p, const uint32_t *x, int first, int last, int from, int to,
+                           int *shaped_for) {
+    const Block block = {first, 0, ceil_div(last - first, max_rows(m)), x, NULL};
+    const int widens = is_short(m) ? block.count > 1 : m->numbers == CODES && !HAS_CODE_DOT && block.count > 2;
+    if (widens && (is_short(m) ? m->num_words : row_words(m)) <= MAX_WIDE_WORDS)
         multiply_blocks_in_room(m, p, block, last, from, to, shaped_for);
     else multiply_blocks(m, p, block, last, from, to, shaped_for);
 }
+
+#define MOST_PANEL_BYTES (1 << 20)  // a panel that is widened lies on the stack
 
 static int panel_bytes = 512 * 1024;  // of x, to stay in the second cache while the weight goes by: half of the cache
 
 __attribute__((constructor)) static void learn_panel_bytes(void) {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
     const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (bytes > 0) panel_bytes = (int)(bytes / 2);
+    if (bytes > 0) panel_bytes = (int)(bytes / 2 < MOST_PANEL_BYTES ? bytes / 2 : MOST_PANEL_BYTES);
 #endif
 }
 
 // About equal panels, of whole blocks of rows.
 INLINE int rows_per_panel(const Matrix *m, int num_rows) {
-    const int most = max_int(4, panel_bytes / (m->num_words * 4) / max_rows(m)) * max_rows(m);
+    const int most = max_int(1, (int)(panel_bytes / (row_words(m) * 4) / max_rows(m))) * max_rows(m);
     const int num_blocks = ceil_div(num_rows, max_rows(m));
     return max_int(1, ceil_div(num_blocks, max_int(1, ceil_div(num_rows, most)))) * max_rows(m);
 }
@@ -482,19 +531,46 @@ static void fetch_start(const Matrix *m, int num_rows, int thread) {
         __builtin_prefetch(tile_at(m, tile) + byte, 0, 2);
 }
 
-// A thread's part of a product. Parts are tiles, of one panel of rows after the other.
-static void multiply_part(const Matrix *m, const Product *p, int thread) {
+// Rows of words as parts.
+static void widen_rows(const uint32_t *x, int64_t num_words, Kind kind, uint32_t *wide) {
+    if (kind == PAIRS)
+        for (int64_t i = 0; i < num_words; i++) wide[2 * i] = x[i] << 16, wide[2 * i + 1] = x[i] & 0xffff0000u;
+    else
+        for (int64_t i = 0; i < num_words; i++) {
+            const int32_t even = (int32_t)(x[i] << 8), odd = (int32_t)x[i];
+            wide[2 * i] = ((uint32_t)(even >> 8) & 0xffff0000u) | (uint16_t)((int16_t)even >> 8);
+            wide[2 * i + 1] = ((uint32_t)(odd >> 8) & 0xffff0000u) | (uint16_t)((int16_t)odd >> 8);
+        }
+}
+
+// A thread's part of a product. Parts are tiles, of one panel of rows after the other. `room` is for a panel of x where
+// it is widened, which each thread does for itself.
+static void multiply_part_in(const Matrix *m, const Product *p, int thread, uint32_t *room) {
     const int per_panel = rows_per_panel(m, p->num_rows);
     const int tiles = num_tiles(m), num_panels = ceil_div(p->num_rows, per_panel);
-    int from, to, shaped_for = 0;
+    int from, to, shaped_for = 0, widened = -1;
     while (take(thread, num_panels * tiles, MAX_TILES, &from, &to))
         while (from < to) {
             const int panel = from / tiles, until = min_int(to, (panel + 1) * tiles);
-            multiply_panel(m, p, panel * per_panel, min_int((panel + 1) * per_panel, p->num_rows),
-                           from - panel * tiles, until - panel * tiles, &shaped_for);
+            const int first = panel * per_panel, last = min_int(first + per_panel, p->num_rows);
+            const uint32_t *x = p->x + (int64_t)first * m->num_words;
+            if (room != NULL && panel != widened)
+                widen_rows(x, (int64_t)(last - first) * m->num_words, kind_of(m), room), widened = panel;
+            multiply_panel(m, p, room != NULL ? room : x, first, last, from - panel * tiles, until - panel * tiles,
+                           &shaped_for);
             from = until;
         }
     if (fits_tmm(m)) release_tmm();
+}
+
+static __attribute__((noinline)) void multiply_part_widened(const Matrix *m, const Product *p, int thread) {
+    uint32_t room[min_int(rows_per_panel(m, p->num_rows), p->num_rows) * row_words(m)];
+    multiply_part_in(m, p, thread, room);
+}
+
+static void multiply_part(const Matrix *m, const Product *p, int thread) {
+    if (num_parts(kind_of(m)) > 1) multiply_part_widened(m, p, thread);
+    else multiply_part_in(m, p, thread, NULL);
 }
 
 // About how long one thread would take for a row, in vectors of multiplications; reading the weight costs as much as 8.

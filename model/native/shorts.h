@@ -16,7 +16,7 @@
 #include "amx.h"
 #include "simd.h"
 
-#define HAS_SHORTS (LANES == 16 && !HAS_AMX)  // tile registers read bfloat16 from memory alone
+#define HAS_SHORTS (LANES >= 8 && !HAS_AMX)  // tile registers read bfloat16 from memory alone
 #define SHORT_PALETTE 16
 #define GROUP_WORDS 2
 #define GROUP_NUMBERS (GROUP_WORDS * 2 * TILE)
@@ -49,21 +49,36 @@ INLINE int place_of(int number) {
 }
 
 #if HAS_SHORTS
+#if LANES == 16
+#define SHUFFLE_BYTES(table, codes) (uvec)_mm512_shuffle_epi8((__m512i)(table), (__m512i)(codes))
+#define LOW_BYTE_PAIRS(low, high) (uvec)_mm512_unpacklo_epi8((__m512i)(low), (__m512i)(high))
+#define HIGH_BYTE_PAIRS(low, high) (uvec)_mm512_unpackhi_epi8((__m512i)(low), (__m512i)(high))
+#else
+#define SHUFFLE_BYTES(table, codes) (uvec)_mm256_shuffle_epi8((__m256i)(table), (__m256i)(codes))
+#define LOW_BYTE_PAIRS(low, high) (uvec)_mm256_unpacklo_epi8((__m256i)(low), (__m256i)(high))
+#define HIGH_BYTE_PAIRS(low, high) (uvec)_mm256_unpackhi_epi8((__m256i)(low), (__m256i)(high))
+#endif
+
+// A palette in each stretch of 16 bytes, which is where shuffles look bytes up.
 INLINE uvec load_palette(const uint8_t *palette) {
-    return (uvec)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)palette));
+    const __m128i bytes = _mm_loadu_si128((const __m128i *)palette);
+#if LANES == 16
+    return (uvec)_mm512_broadcast_i32x4(bytes);
+#else
+    return (uvec)_mm256_broadcastsi128_si256(bytes);
+#endif
 }
 
 // A group as it was: `first` and `second` are the two vectors of each word.
 INLINE void widen(const uint8_t *group, uvec palette, uvec *first, uvec *second) {
-    const __m512i half = _mm512_set1_epi8(15), codes = (__m512i)load_words(group + 4 * TILE);
-    const __m512i low0 = (__m512i)load_words(group), low1 = (__m512i)load_words(group + 2 * TILE);
-    const __m512i high0 = _mm512_shuffle_epi8((__m512i)palette, _mm512_and_si512(codes, half));
-    const __m512i high1 =
-        _mm512_shuffle_epi8((__m512i)palette, _mm512_and_si512(_mm512_srli_epi16(codes, 4), half));
-    first[0] = (uvec)_mm512_unpacklo_epi8(low0, high0);
-    first[1] = (uvec)_mm512_unpackhi_epi8(low0, high0);
-    second[0] = (uvec)_mm512_unpacklo_epi8(low1, high1);
-    second[1] = (uvec)_mm512_unpackhi_epi8(low1, high1);
+    const uvec half = splat_word(0x0f0f0f0fu), codes = load_words(group + 4 * TILE);
+    const uvec low0 = load_words(group), low1 = load_words(group + 2 * TILE);
+    const uvec high0 = SHUFFLE_BYTES(palette, codes & half);
+    const uvec high1 = SHUFFLE_BYTES(palette, (codes >> 4) & half);
+    first[0] = LOW_BYTE_PAIRS(low0, high0);
+    first[1] = HIGH_BYTE_PAIRS(low0, high0);
+    second[0] = LOW_BYTE_PAIRS(low1, high1);
+    second[1] = HIGH_BYTE_PAIRS(low1, high1);
 }
 #else  // for code that asked HAS_SHORTS before
 INLINE uvec load_palette(const uint8_t *palette) {

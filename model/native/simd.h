@@ -105,18 +105,25 @@ INLINE vec dot_bf16(uvec a, uvec b, vec c) {
 }
 #endif
 
-// Whether codes of x are kept with 128 added; see matrix.h.
+// c plus four products of 8-bit codes per lane, exactly: those of a with CODE_OFFSET added, those of b signed; for code
+// that asked HAS_CODE_DOT before. CODE_OFFSET is added to all codes of x: see matrix.h.
 #if defined(__AVX512VNNI__)
+#define HAS_CODE_DOT 1
 #define CODE_OFFSET 128
+INLINE ivec dot_codes(uvec a, uvec b, ivec c) { return (ivec)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }
 #else
+#define HAS_CODE_DOT 0
 #define CODE_OFFSET 0
+INLINE ivec dot_codes(uvec a, uvec b, ivec c) {
+    (void)a, (void)b;
+    return c;
+}
 #endif
 
-#if !defined(__AVX512VNNI__)
 typedef int16_t halves __attribute__((vector_size(4 * LANES)));
 
 // c plus the two products of signed 16-bit numbers in each lane.
-INLINE ivec dot_halves(halves a, halves b, ivec c) {
+INLINE ivec dot_halves(uvec a, uvec b, ivec c) {
 #if LANES == 16
     return c + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif LANES == 8
@@ -126,17 +133,11 @@ INLINE ivec dot_halves(halves a, halves b, ivec c) {
     return c + first + ((ivec)a >> 16) * ((ivec)b >> 16);
 #endif
 }
-#endif
 
-// c plus four products of 8-bit codes per lane, exactly: those of a signed with CODE_OFFSET added, those of b signed.
-INLINE ivec dot_codes(uvec a, uvec b, ivec c) {
-#if defined(__AVX512VNNI__)
-    return (ivec)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
-#else
-    const halves even_a = ((halves)a << 8) >> 8, even_b = ((halves)b << 8) >> 8;
-    return dot_halves((halves)a >> 8, (halves)b >> 8, dot_halves(even_a, even_b, c));
-#endif
-}
+// A 32-bit word holds four signed codes: the first and the third of them, and the others, as 16-bit numbers.
+INLINE uvec even_codes(uvec codes) { return (uvec)(((halves)codes << 8) >> 8); }
+
+INLINE uvec odd_codes(uvec codes) { return (uvec)((halves)codes >> 8); }
 
 // A 32-bit word holds two bfloat16: the first in its low half.
 INLINE vec first_bf16(uvec pairs) { return (vec)(pairs << 16); }

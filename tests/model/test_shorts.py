@@ -75,7 +75,7 @@ def test_twelve_bits_lose_nothing(level: str, kind: str, shape: tuple[int, int],
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_only_what_gains_is_kept_in_twelve_bits(level: str) -> None:
-    """Codes and float32 never; bfloat16 where vectors of 512 bits widen it."""
+    """Codes and float32 never; bfloat16 where there are shuffles of bytes, and no tile registers."""
     kernels = kernels_of(level)
     assert not NativeLinears(kernels, torch.float32).shortens
     assert not NativeLinears(kernels, torch.bfloat16, has_codes=True).shortens
