@@ -24,15 +24,18 @@ from service.output import Delta, Mailbox, TextStream
 from service.text.tokenizer import Tokenizer
 
 DELTA_SECONDS = 0.04
-DELTA_SECONDS_PER_REQUEST = 0.002
+DELTA_SECONDS_PER_REQUEST = 0.01
 LONG_DELTA_SECONDS = 0.1
+DELTA_GRACE_SECONDS = 0.02
+"""How much later a delta may be for the sake of going out with the tokens that wake this process anyway."""
 
 
 def delta_seconds(num_open: int) -> float:
     """How long after a delta a reader is given the next one, with what was drawn meanwhile; of so many open requests.
 
-    A message costs ten times the work of a token: between its two ends 0.1 ms of a core, which many requests have to
-    leave to computing. The first token and the end do not wait.
+    A message costs ten times the work of a token: between its two ends 0.1 to 0.5 ms of a core, which the requests have
+    to leave to computing. So there are about a hundred a second, up to the longest interval. The first token and the
+    end do not wait.
     """
     return max(DELTA_SECONDS, min(num_open * DELTA_SECONDS_PER_REQUEST, LONG_DELTA_SECONDS))
 
@@ -265,17 +268,23 @@ class Generation:
         self._announce(time.monotonic())
 
     def _announce(self, now: float) -> None:
-        """Wakes the reader: at once, or where its last delta is too recent, when it no longer is."""
+        """Wakes the reader: at once, or where its last delta is too recent, with the first tokens for which it is not.
+
+        A timer sees to it if none come: waking up for it beside them would cost the cores more than the message.
+        """
         if now >= self._next_delta_at:
             self._next_delta_at = now + delta_seconds(self._num_open())
             self._has_news.set()
+            if self._announcement is not None:
+                self._announcement.cancel()
+                self._announcement = None
         elif self._announcement is None:
-            loop = asyncio.get_running_loop()
-            self._announcement = loop.call_later(self._next_delta_at - now, self._announce_late)
+            seconds = self._next_delta_at - now + DELTA_GRACE_SECONDS
+            self._announcement = asyncio.get_running_loop().call_later(seconds, self._announce_late)
 
     def _announce_late(self) -> None:
         self._announcement = None
-        self._announce(self._next_delta_at)
+        self._announce(time.monotonic())
 
     def _note_time(self, drawn_at: float) -> None:
         if self.last_token_at is None:

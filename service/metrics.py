@@ -65,29 +65,58 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
 
 
-class TokenHistogram(Collector):
-    """A histogram for what happens with every token: an observation takes a tenth of the library's time.
+class QuickSeries:
+    """One series of a QuickHistogram."""
 
-    It has no labels, and no lock, because all numbers are changed and collected on the event loop.
-    """
-
-    def __init__(self, name: str, text: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
-        """`bounds` are the upper ends of the buckets, in order; one more takes what is beyond them."""
-        self._name = name
-        self._text = text
+    def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
-        registry.register(self)
 
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def collect(self) -> Iterable[Metric]:
+    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
+        """Adds its samples under these values of the family's labels."""
         names = map(floatToGoString, (*self._bounds, inf))
-        buckets = list(zip(names, accumulate(self._counts), strict=True))
-        return [HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)]
+        family.add_metric(labels, list(zip(names, accumulate(self._counts), strict=True)), self._sum)
+
+
+class QuickHistogram(Collector):
+    """A histogram for what happens with every token or step: an observation takes a tenth of the library's time.
+
+    It has no lock, because all numbers are changed and collected on the event loop.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        bounds: Sequence[float],
+        registry: CollectorRegistry,
+        *,
+        label: str | None = None,
+        values: Sequence[str] = (),
+    ) -> None:
+        """`bounds` are the upper ends of the buckets, in order; one more takes what is beyond them.
+
+        There is one series, or one for each of the `values` of a label.
+        """
+        self._family = name, text, [label] if label else []
+        self._series = {labels: QuickSeries(bounds) for labels in ([(value,) for value in values] or [()])}
+        registry.register(self)
+
+    def series(self, *labels: str) -> QuickSeries:
+        """The one with these labels."""
+        return self._series[labels]
+
+    def collect(self) -> Iterable[Metric]:
+        name, text, label_names = self._family
+        family = HistogramMetricFamily(name, text, labels=label_names)
+        for labels, series in self._series.items():
+            series.add_to(family, labels)
+        return [family]
 
 
 class RequestMetrics:
@@ -129,9 +158,9 @@ class RequestMetrics:
             return Histogram(name, text, buckets=SECONDS, registry=registry)
 
         self._ttft = seconds("quire_time_to_first_token_seconds", "From arrival to the first token.")
-        self._itl = TokenHistogram(
+        self._itl = QuickHistogram(
             "quire_inter_token_latency_seconds", "Every gap between two tokens of a generation.", SECONDS, registry
-        )
+        ).series()
         self._tpot = seconds("quire_time_per_output_token_seconds", "(last token - first token) / (tokens - 1).")
         self._queue = seconds("quire_request_queue_seconds", "From arrival to being scheduled.")
         self._prefill = seconds("quire_request_prefill_seconds", "From being scheduled to the first token.")
@@ -221,6 +250,7 @@ class EngineMetrics:
             return Counter(name, text, registry=registry)
 
         self._num_blocks = 0
+        self._last = StepStats()
         self._was_up = False
         self._up = Gauge("quire_engine_up", "1 while the engine answers.", registry=registry)
         self._draining = Gauge("quire_draining", "1 once the server was told to end.", registry=registry)
@@ -232,10 +262,15 @@ class EngineMetrics:
             ["model", "digest", "architecture", "dtype", "quantization", "backend", "block_size", "num_blocks"],
             registry=registry,
         )
-        self._usage = Gauge("quire_kv_cache_usage_ratio", "Share of blocks that sequences hold.", registry=registry)
+        # What a step leaves is read when it is asked for: there are many more steps than scrapes.
+        usage = Gauge("quire_kv_cache_usage_ratio", "Share of blocks that sequences hold.", registry=registry)
+        usage.set_function(lambda: self._held_blocks / self._num_blocks if self._num_blocks else 0.0)
         blocks = Gauge("quire_kv_blocks", "Blocks of the key/value pool, by state.", ["state"], registry=registry)
-        self._blocks = {state: blocks.labels(state) for state in ("free", "cached", "held")}
-        self._batch_tokens = Gauge("quire_batch_tokens", "Tokens computed in the last step.", registry=registry)
+        blocks.labels("free").set_function(lambda: self._last.free_blocks)
+        blocks.labels("cached").set_function(lambda: self._last.cached_blocks)
+        blocks.labels("held").set_function(lambda: self._held_blocks)
+        batch_tokens = Gauge("quire_batch_tokens", "Tokens computed in the last step.", registry=registry)
+        batch_tokens.set_function(lambda: self._last.num_tokens)
         self._preemptions = counter("quire_preemptions", "Sequences that gave up their blocks to be recomputed.")
         self._queries = counter("quire_prefix_cache_queries", "Tokens looked up in the prefix cache.")
         self._hits = counter("quire_prefix_cache_hits", "Tokens found in the prefix cache.")
@@ -243,12 +278,21 @@ class EngineMetrics:
             "quire_wasted_tokens", "Tokens computed for nothing, by reason.", ["reason"], registry=registry
         )
         self._wasted = {reason: wasted.labels(reason) for reason in ("preempted", "ended")}
-        step = Histogram(
-            "quire_step_seconds", "Time of a step, by phase.", ["phase"], buckets=STEP_SECONDS, registry=registry
+        step = QuickHistogram(
+            "quire_step_seconds",
+            "Time of a step, by phase.",
+            STEP_SECONDS,
+            registry,
+            label="phase",
+            values=("schedule", "total"),
         )
-        self._step = {phase: step.labels(phase) for phase in ("schedule", "total")}
-        self._step_tokens = Histogram("quire_step_tokens", "Tokens per step.", buckets=TOKENS, registry=registry)
-        self._step_rows = Histogram("quire_step_rows", "Rows per step.", buckets=ROWS, registry=registry)
+        self._schedule_seconds, self._step_seconds = step.series("schedule"), step.series("total")
+        self._step_tokens = QuickHistogram("quire_step_tokens", "Tokens per step.", TOKENS, registry).series()
+        self._step_rows = QuickHistogram("quire_step_rows", "Rows per step.", ROWS, registry).series()
+
+    @property
+    def _held_blocks(self) -> int:
+        return self._num_blocks - self._last.free_blocks - self._last.cached_blocks
 
     def on_up(self, model: str, hello: Hello) -> None:
         self._up.set(1)
@@ -257,7 +301,7 @@ class EngineMetrics:
         self._was_up = True
         facts, shape = hello.facts, hello.shape
         self._num_blocks = shape.num_blocks
-        self._show_blocks(free=shape.num_blocks, cached=0)
+        self._last = StepStats(free_blocks=shape.num_blocks)
         self._info.labels(
             model,
             facts.digest,
@@ -279,24 +323,20 @@ class EngineMetrics:
         self._lag.set(seconds)
 
     def on_step(self, stats: StepStats) -> None:
-        self._show_blocks(stats.free_blocks, stats.cached_blocks)
-        self._batch_tokens.set(stats.num_tokens)
-        self._preemptions.inc(stats.num_preemptions)
-        self._queries.inc(stats.prefix_query_tokens)
-        self._hits.inc(stats.prefix_hit_tokens)
-        self._wasted["preempted"].inc(stats.recomputed_tokens)
-        self._wasted["ended"].inc(stats.dropped_tokens)
+        self._last = stats
+        if stats.num_preemptions:
+            self._preemptions.inc(stats.num_preemptions)
+            self._wasted["preempted"].inc(stats.recomputed_tokens)
+        if stats.prefix_query_tokens:
+            self._queries.inc(stats.prefix_query_tokens)
+            self._hits.inc(stats.prefix_hit_tokens)
+        if stats.dropped_tokens:
+            self._wasted["ended"].inc(stats.dropped_tokens)
         if stats.num_rows:
-            self._step["schedule"].observe(stats.schedule_seconds)
-            self._step["total"].observe(stats.step_seconds)
+            self._schedule_seconds.observe(stats.schedule_seconds)
+            self._step_seconds.observe(stats.step_seconds)
             self._step_tokens.observe(stats.num_tokens)
             self._step_rows.observe(stats.num_rows)
-
-    def _show_blocks(self, free: int, cached: int) -> None:
-        held = self._num_blocks - free - cached
-        for state, count in (("free", free), ("cached", cached), ("held", held)):
-            self._blocks[state].set(count)
-        self._usage.set(held / self._num_blocks)
 
 
 class _Snapshot(Collector):

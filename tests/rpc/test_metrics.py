@@ -38,15 +38,17 @@ def assert_reconciled(samples: Samples) -> None:
     assert value(samples, "quire_requests_accepted_total") == ended + open_now
 
 
-def test_a_token_histogram_reads_as_the_librarys_own():
+@pytest.mark.parametrize("phases", [(), ("schedule", "total")])
+def test_a_quick_histogram_reads_as_the_librarys_own(phases: tuple[str, ...]):
     ours, theirs = CollectorRegistry(), CollectorRegistry()
-    histograms = (
-        metrics.TokenHistogram("gap_seconds", "Gaps.", metrics.SECONDS, ours),
-        Histogram("gap_seconds", "Gaps.", buckets=metrics.SECONDS, registry=theirs),
-    )
-    for seconds in (0.0, 0.0015, *metrics.SECONDS, 0.07, 700.0, 700.0):
-        for histogram in histograms:
-            histogram.observe(seconds)
+    label = "phase" if phases else None
+    quick = metrics.QuickHistogram("gap_seconds", "Gaps.", metrics.SECONDS, ours, label=label, values=phases)
+    full = Histogram("gap_seconds", "Gaps.", ["phase"] if phases else [], buckets=metrics.SECONDS, registry=theirs)
+    pairs = [(quick.series(phase), full.labels(phase)) for phase in phases] or [(quick.series(), full)]
+    for factor, pair in enumerate(pairs, start=1):
+        for seconds in (0.0, 0.0015, *metrics.SECONDS, 0.07, 700.0, 700.0):
+            for histogram in pair:
+                histogram.observe(factor * seconds)
     without_creation = [line for line in generate_latest(theirs).decode().splitlines() if "_created" not in line]
     assert generate_latest(ours).decode().splitlines() == without_creation
 
