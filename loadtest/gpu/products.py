@@ -1,0 +1,176 @@
+"""A step's matrix products on a card: the library's and, where it is there, the one whose rows' bits are always alike.
+
+    python -m loadtest.gpu.products --records FILE
+
+For each weight and number of rows: the time, the share of the limit, and whether a row has the bits that it has alone.
+Then, for each number of rows, all products of a step, and what the reproducible way costs there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from loadtest.gpu.limits import rates_of
+from loadtest.gpu.measure import (
+    Call,
+    Timing,
+    compile_ahead,
+    measure,
+    num_sets,
+    open_device,
+    random_tensor,
+    relative_error,
+    unwritten,
+)
+from loadtest.gpu.parts import is_importable
+from loadtest.gpu.records import PartOptions, parse_part
+from loadtest.gpu.shapes import Matrix, matrices_of, names_of, shape_of
+from loadtest.roofline import MachineRates
+
+NUM_ROWS = (1, 8, 32, 64, 128, 256)
+PROMPT_ROWS = 8192
+DRY_NUM_ROWS = (1, 3)
+DRY_PROMPT_ROWS = 17
+CHECKED_ROWS = 16
+TOLERANCE = 0.01
+"""Relative, of results in bfloat16."""
+COMPILE_SECONDS = 30.0
+LIBRARY, REPRODUCIBLE = "library", "reproducible"
+OURS = "model.gpu.products"
+
+Product = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
+"""As model.gpu.products has it: x_MI, weight_OI, bias_O or None, out_MO."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures and writes. Returns the exit code."""
+    options = parse_part("products", arguments)
+    if not options.is_dry:
+        compile_ahead(list(compilations()), COMPILE_SECONDS)
+    is_sound = [measure_model(options, name) for name in names_of(options.is_dry)]
+    return 0 if all(is_sound) else 1
+
+
+def ways() -> dict[str, Product]:
+    """What there is to compare."""
+    found: dict[str, Product] = {LIBRARY: library_product}
+    if is_importable(OURS):
+        found[REPRODUCIBLE] = import_module(OURS).fixed_order_product
+    return found
+
+
+def library_product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_MO: Tensor) -> None:
+    """torch's, as it chooses."""
+    if bias_O is None:
+        torch.mm(x_MI, weight_OI.T, out=out_MO)
+    else:
+        torch.addmm(bias_O, x_MI, weight_OI.T, out=out_MO)
+
+
+def compilations() -> Iterator[Call]:
+    """Launches of the reproducible product for every weight, with few rows and with many."""
+    for model in names_of(is_dry=False):
+        for matrix in matrices_of(shape_of(model, is_dry=False)):
+            for num_rows in (1, 256, 1024):
+                yield partial(compile_product, matrix, num_rows)
+
+
+def compile_product(matrix: Matrix, num_rows: int) -> None:
+    """Multiplies once in each way but the library's."""
+    device = torch.device("cuda")
+    x, (weight,) = random_tensor(num_rows, matrix.num_inputs, device=device), weights_of(matrix, 1, device)
+    for name, product in ways().items():
+        if name != LIBRARY:
+            product(x, weight, None, unwritten(num_rows, matrix.num_outputs, device=device))
+    torch.cuda.synchronize()
+
+
+def weights_of(matrix: Matrix, count: int, device: torch.device) -> list[Tensor]:
+    """Some weights of one shape."""
+    scale = matrix.num_inputs**-0.5
+    return [random_tensor(matrix.num_outputs, matrix.num_inputs, device=device, scale=scale) for _ in range(count)]
+
+
+def measure_model(options: PartOptions, model: str) -> bool:
+    """All products of a model's step, in all ways. Returns whether every result was right."""
+    device, rates, is_sound = open_device(options.is_dry), rates_of(options), True
+    num_rows = DRY_NUM_ROWS if options.is_dry else NUM_ROWS
+    prompt_rows = DRY_PROMPT_ROWS if options.is_dry else PROMPT_ROWS
+    totals: dict[tuple[str, int], list[float]] = defaultdict(list)
+    limits: dict[int, float] = defaultdict(float)
+    for matrix in matrices_of(shape_of(model, options.is_dry)):
+        weights = weights_of(matrix, num_sets(2 * matrix.num_outputs * matrix.num_inputs, device), device)
+        # Of a prompt, one row meets the last matrix.
+        counts = num_rows if matrix.count == 1 else (*num_rows, prompt_rows)
+        x = random_tensor(max(counts), matrix.num_inputs, device=device)
+        for rows in counts:
+            limit = least_seconds(matrix, rows, rates)
+            limits[rows] += matrix.count * limit
+            for way, product in ways().items():
+                error, has_own_bits = examine(product, x[:rows], weights[0])
+                timing = time_product(product, x[:rows], weights)
+                is_sound &= error < TOLERANCE
+                totals[way, rows].append(matrix.count * timing.seconds)
+                options.records.write(
+                    "product",
+                    model=model,
+                    matrix=matrix.name,
+                    way=way,
+                    rows=rows,
+                    us=1e6 * timing.seconds,
+                    share=limit / timing.seconds,
+                    noise=timing.noise,
+                    error=error,
+                    is_right=error < TOLERANCE,
+                    has_bits_of_alone=has_own_bits,
+                )
+    for (way, rows), seconds in totals.items():
+        options.records.write(
+            "products of a step",
+            model=model,
+            way=way,
+            rows=rows,
+            ms=1e3 * sum(seconds),
+            share=limits[rows] / sum(seconds),
+            cost=sum(seconds) / sum(totals[LIBRARY, rows]) - 1,
+        )
+    return is_sound
+
+
+def least_seconds(matrix: Matrix, num_rows: int, rates: MachineRates) -> float:
+    """The limit of one product: the weights read, or its operations done."""
+    size = matrix.num_outputs * matrix.num_inputs
+    return max(2 * size / rates.bytes_read, 2 * num_rows * size / rates.product_operations)
+
+
+def examine(product: Product, x_MI: Tensor, weight_OI: Tensor) -> tuple[float, bool]:
+    """The error against float32, and whether the first and the last row have the bits that each has alone."""
+    num_rows, num_outputs = len(x_MI), len(weight_OI)
+    out_MO = unwritten(num_rows, num_outputs, device=x_MI.device)
+    product(x_MI, weight_OI, None, out_MO)
+    expected = x_MI[-CHECKED_ROWS:].float() @ weight_OI.float().T
+    error = relative_error(out_MO[-CHECKED_ROWS:], expected)
+    has_own_bits = True
+    for row in (0, num_rows - 1):
+        alone = unwritten(1, num_outputs, device=x_MI.device)
+        product(x_MI[row : row + 1], weight_OI, None, alone)
+        has_own_bits &= torch.equal(alone[0], out_MO[row])
+    return error, has_own_bits
+
+
+def time_product(product: Product, x_MI: Tensor, weights: Sequence[Tensor]) -> Timing:
+    """One product with each weight in turn."""
+    out_MO = unwritten(len(x_MI), len(weights[0]), device=x_MI.device)
+    calls: list[Call] = [partial(product, x_MI, weight, None, out_MO) for weight in weights]
+    return measure(calls, x_MI.device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
