@@ -43,7 +43,8 @@ TOLERANCE = 0.01
 """Relative, of results in bfloat16."""
 COMPILE_SECONDS = 30.0
 LIBRARY, REPRODUCIBLE = "library", "reproducible"
-OURS = "model.gpu.products"
+OURS = "model.gpu.products", "fixed_order_product"
+"""Module and function."""
 
 Product = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 """As model.gpu.products has it: x_MI, weight_OI, bias_O or None, out_MO."""
@@ -61,17 +62,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def ways() -> dict[str, Product]:
     """What there is to compare."""
     found: dict[str, Product] = {LIBRARY: library_product}
-    if is_importable(OURS):
-        found[REPRODUCIBLE] = import_module(OURS).fixed_order_product
+    module, function = OURS
+    if is_importable(module):
+        found[REPRODUCIBLE] = getattr(import_module(module), function)
     return found
 
 
 def library_product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_MO: Tensor) -> None:
     """torch's, as it chooses."""
-    if bias_O is None:
+    if out_MO.dtype is not x_MI.dtype:
+        multiply_to_float32(x_MI, weight_OI, out_MO)
+    elif bias_O is None:
         torch.mm(x_MI, weight_OI.T, out=out_MO)
     else:
         torch.addmm(bias_O, x_MI, weight_OI.T, out=out_MO)
+
+
+def multiply_to_float32(x_MI: Tensor, weight_OI: Tensor, out_MO: Tensor) -> None:
+    """Sums that are not rounded to the inputs' dtype, as logits are."""
+    if x_MI.is_cuda:
+        torch.mm(x_MI, weight_OI.T, out_dtype=out_MO.dtype, out=out_MO)
+    else:
+        out_MO.copy_(x_MI.float() @ weight_OI.float().T)
 
 
 def compilations() -> Iterator[Call]:
@@ -88,8 +100,14 @@ def compile_product(matrix: Matrix, num_rows: int) -> None:
     x, (weight,) = random_tensor(num_rows, matrix.num_inputs, device=device), weights_of(matrix, 1, device)
     for name, product in ways().items():
         if name != LIBRARY:
-            product(x, weight, None, unwritten(num_rows, matrix.num_outputs, device=device))
+            product(x, weight, None, output_of(matrix, x))
     torch.cuda.synchronize()
+
+
+def output_of(matrix: Matrix, x_MI: Tensor) -> Tensor:
+    """Room for a product: logits are float32."""
+    dtype = torch.float32 if matrix.is_last else x_MI.dtype
+    return unwritten(len(x_MI), matrix.num_outputs, device=x_MI.device, dtype=dtype)
 
 
 def weights_of(matrix: Matrix, count: int, device: torch.device) -> list[Tensor]:
@@ -108,14 +126,14 @@ def measure_model(options: PartOptions, model: str) -> bool:
     for matrix in matrices_of(shape_of(model, options.is_dry)):
         weights = weights_of(matrix, num_sets(2 * matrix.num_outputs * matrix.num_inputs, device), device)
         # Of a prompt, one row meets the last matrix.
-        counts = num_rows if matrix.count == 1 else (*num_rows, prompt_rows)
+        counts = num_rows if matrix.is_last else (*num_rows, prompt_rows)
         x = random_tensor(max(counts), matrix.num_inputs, device=device)
         for rows in counts:
             limit = least_seconds(matrix, rows, rates)
             limits[rows] += matrix.count * limit
             for way, product in ways().items():
-                error, has_own_bits = examine(product, x[:rows], weights[0])
-                timing = time_product(product, x[:rows], weights)
+                error, has_own_bits = examine(product, matrix, x[:rows], weights[0])
+                timing = time_product(product, matrix, x[:rows], weights)
                 is_sound &= error < TOLERANCE
                 totals[way, rows].append(matrix.count * timing.seconds)
                 options.records.write(
@@ -150,24 +168,23 @@ def least_seconds(matrix: Matrix, num_rows: int, rates: MachineRates) -> float:
     return max(2 * size / rates.bytes_read, 2 * num_rows * size / rates.product_operations)
 
 
-def examine(product: Product, x_MI: Tensor, weight_OI: Tensor) -> tuple[float, bool]:
+def examine(product: Product, matrix: Matrix, x_MI: Tensor, weight_OI: Tensor) -> tuple[float, bool]:
     """The error against float32, and whether the first and the last row have the bits that each has alone."""
-    num_rows, num_outputs = len(x_MI), len(weight_OI)
-    out_MO = unwritten(num_rows, num_outputs, device=x_MI.device)
+    out_MO = output_of(matrix, x_MI)
     product(x_MI, weight_OI, None, out_MO)
     expected = x_MI[-CHECKED_ROWS:].float() @ weight_OI.float().T
     error = relative_error(out_MO[-CHECKED_ROWS:], expected)
     has_own_bits = True
-    for row in (0, num_rows - 1):
-        alone = unwritten(1, num_outputs, device=x_MI.device)
+    for row in (0, len(x_MI) - 1):
+        alone = output_of(matrix, x_MI[:1])
         product(x_MI[row : row + 1], weight_OI, None, alone)
         has_own_bits &= torch.equal(alone[0], out_MO[row])
     return error, has_own_bits
 
 
-def time_product(product: Product, x_MI: Tensor, weights: Sequence[Tensor]) -> Timing:
+def time_product(product: Product, matrix: Matrix, x_MI: Tensor, weights: Sequence[Tensor]) -> Timing:
     """One product with each weight in turn."""
-    out_MO = unwritten(len(x_MI), len(weights[0]), device=x_MI.device)
+    out_MO = output_of(matrix, x_MI)
     calls: list[Call] = [partial(product, x_MI, weight, None, out_MO) for weight in weights]
     return measure(calls, x_MI.device)
 

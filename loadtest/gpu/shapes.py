@@ -32,6 +32,9 @@ def cost_of(shape: ModelShape) -> ModelCost:
     return ModelCost.from_config(config(shape))
 
 
+UNEMBEDDING = "unembedding"
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """A weight as a step multiplies with it."""
@@ -41,6 +44,11 @@ class Matrix:
     num_inputs: int
     count: int
     """How many of the kind a step multiplies with."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it gives the logits, of those tokens that are drawn from."""
+        return self.name == UNEMBEDDING
 
 
 def matrices_of(shape: ModelShape) -> list[Matrix]:
@@ -52,5 +60,5 @@ def matrices_of(shape: ModelShape) -> list[Matrix]:
         Matrix("o", hidden, q_size, layers),
         Matrix("gate_up", 2 * shape.intermediate_size, hidden, layers),
         Matrix("down", hidden, shape.intermediate_size, layers),
-        Matrix("unembedding", shape.vocab_size, hidden, 1),
+        Matrix(UNEMBEDDING, shape.vocab_size, hidden, 1),
     ]
