@@ -21,8 +21,11 @@ from loadtest.gpu.card import L2_BYTES
 
 Call = Callable[[], object]
 
-MIN_CALLS = 24
-"""Of one graph: what lies between two replays must not count."""
+MAX_SETS = 48
+REPLAY_SECONDS = 0.002
+"""Of one replay, at least, about: what lies between two of them must not count."""
+MAX_CALLS = 64
+"""Of one graph, unless there are more sets of inputs."""
 BUDGET_SECONDS = 0.04
 """Of one measurement, about."""
 REPLAYS = 5, 50
@@ -58,7 +61,7 @@ def num_sets(num_bytes: float, device: torch.device) -> int:
     if device.type == "cpu":
         return 1
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", L2_BYTES)
-    return max(1, min(2 * MIN_CALLS, math.ceil(CACHES * cache / num_bytes)))
+    return max(1, min(MAX_SETS, math.ceil(CACHES * cache / num_bytes)))
 
 
 def random_tensor(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
@@ -92,27 +95,38 @@ def _timed_once(calls: Sequence[Call]) -> float:
 
 def _replayed(calls: Sequence[Call]) -> float:
     """The median, over replays, of a replay's time by the number of its calls."""
-    calls = list(calls) * math.ceil(MIN_CALLS / len(calls))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()  # compiles, and lets libraries take their workspaces
-    torch.cuda.current_stream().wait_stream(stream)
+    calls = list(calls) * num_repeats(_warmed_up(calls[0]), len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
     graph.replay()
-    one = _between_events(graph)
     fewest, most = REPLAYS
-    replays = max(fewest, min(most, int(BUDGET_SECONDS / max(one, 1e-6))))
-    return median(_between_events(graph) for _ in range(replays)) / len(calls)
+    replays = max(fewest, min(most, int(BUDGET_SECONDS / _between_events(graph.replay))))
+    return median(_between_events(graph.replay) for _ in range(replays)) / len(calls)
 
 
-def _between_events(graph: torch.cuda.CUDAGraph) -> float:
+def num_repeats(seconds: float, num_calls: int) -> int:
+    """How often a graph has each of its calls, of which one takes about so long."""
+    wanted = min(MAX_CALLS, REPLAY_SECONDS / max(seconds, 1e-6))
+    return max(1, math.ceil(wanted / num_calls))
+
+
+def _warmed_up(call: Call) -> float:
+    """Compiles, and lets libraries take their workspaces, on a stream as captures have. Returns a call's seconds."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        seconds = _between_events(call)
+    torch.cuda.current_stream().wait_stream(stream)
+    return seconds
+
+
+def _between_events(call: Call) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    graph.replay()
+    call()
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1_000

@@ -44,6 +44,7 @@ WAYS = {
     "top_k and top_p": Sampling(temperature=0.8, top_k=50, top_p=0.9),
     "penalties": Sampling(temperature=0.8, repetition_penalty=1.1, frequency_penalty=0.2),
 }
+DRY_WAYS = "greedy", "top_k and top_p", "penalties"
 
 
 class Slots:
@@ -99,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_bytes = 4 * batch * vocab_size
         shape = num_sets(num_bytes, device), batch, vocab_size
         logits = random_tensor(*shape, device=device, dtype=torch.float32, scale=DEVIATION)
-        for name, sampling in WAYS.items():
-            slots = Slots(sampling, batch, vocab_size, device)
+        for name in DRY_WAYS if options.is_dry else WAYS:
+            slots = Slots(WAYS[name], batch, vocab_size, device)
             num_different = slots.num_different(logits[0])
             calls: list[Call] = [partial(slots.draw, each) for each in logits]
             timing = measure(calls, device)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from loadtest.gpu import attention_cases, operators, products, sampler, steps, tiles  # noqa: E402
+from loadtest.gpu import attention_cases, engine, operators, products, sampler, server, steps, tiles  # noqa: E402
+from loadtest.gpu import models as write_models  # noqa: E402
 from loadtest.gpu.attention import DRY_TILES, TILES  # noqa: E402
 from loadtest.gpu.attention_cases import Cache, Case, Spans  # noqa: E402
-from loadtest.gpu.measure import compile_ahead, measure, num_sets, relative_error  # noqa: E402
+from loadtest.gpu.measure import compile_ahead, measure, num_repeats, num_sets, relative_error  # noqa: E402
 from loadtest.gpu.records import PartOptions, Records, read_records  # noqa: E402
 from loadtest.gpu.shapes import DRY_SHAPES, cost_of, matrices_of, shape_of  # noqa: E402
 from loadtest.gpu.works import CARD, DRY, closed_works, wide_works  # noqa: E402
@@ -176,6 +180,13 @@ def test_the_time_of_a_call_is_the_smaller_of_two_and_its_noise_their_difference
     assert timing.noise > 0.5
 
 
+@pytest.mark.parametrize(
+    ("seconds", "num_calls", "repeats"), [(1e-5, 1, 64), (1e-4, 1, 20), (1e-4, 7, 3), (1e-4, 48, 1), (0.1, 1, 1)]
+)
+def test_a_replay_is_long_enough_to_be_timed(seconds: float, num_calls: int, repeats: int) -> None:
+    assert num_repeats(seconds, num_calls) == repeats
+
+
 def test_inputs_are_one_set_where_there_is_no_card() -> None:
     assert num_sets(1.0, CPU) == 1
 
@@ -268,3 +279,102 @@ def test_workloads_have_their_sizes() -> None:
     lengths = [length for work in wide for length in (len(work.prompt), work.num_new)]
     assert min(lengths) >= 100 and max(lengths) <= 1024 and max(lengths) - min(lengths) > 900
     assert attention_cases.BLOCK_SIZE % 16 == 0 and all(len(works) < 10 for works in closed_works(DRY, 300).values())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu") / "models"
+    command = ["--dry", "--models", str(folder), "--records", str(folder.parent / "models.jsonl")]
+    assert write_models.main(command) == write_models.main(command) == 0
+    assert [record["was_there"] for record in read_records(folder.parent / "models.jsonl")] == [False] * 2 + [True] * 2
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("part", "kinds"),
+    [
+        (products, {"limits", "product", "products of a step"}),
+        (operators, {"limits", "operator"}),
+        (sampler, {"limits", "draw"}),
+        (tiles, {"limits", "tile", "best tile"}),
+        (steps, {"limits", "loaded", "prefill", "decode"}),
+        (engine, {"limits", "workload"}),
+        pytest.param(server, {"ready", "workload", "W6", "W6 highest rate"}, marks=pytest.mark.e2e),
+    ],
+    ids=lambda value: value.__name__.rpartition(".")[2] if hasattr(value, "__name__") else "",
+)
+def test_every_part_runs_dry(part: ModuleType, kinds: set[str], models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "found.jsonl"
+    assert part.main(["--dry", "--model", "1B", "--models", str(models), "--records", str(file)]) == 0
+    records = read_records(file)
+    assert {record["kind"] for record in records} == kinds
+    assert all(record.get("is_right", True) for record in records)
+    assert not any(record.get("failure") or record.get("failed") for record in records)
+
+
+def test_the_engines_workloads_are_all_there(models: Path, tmp_path: Path) -> None:
+    file = tmp_path / "found.jsonl"
+    engine.main(["--dry", "--model", "1B", "--models", str(models), "--records", str(file)])
+    found = [record["workload"] for record in read_records(file) if record["kind"] == "workload"]
+    assert found == ["W1", "W2", "W4", "W4", "W5", "W2n"]
+    command = ["--dry", "--model", "1B", "--models", str(models), "--records", str(file), "--seconds", "1"]
+    assert engine.main(command) == 1  # too little time for all is a failure
+
+
+class FakeCard:
+    """In the place of torch.cuda: a clock that calls and replays move on, and graphs that keep what they captured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        self.now, self.seconds, self.captured = 0.0, seconds, 0
+        self._is_capturing = False
+        card = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = card.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Event) -> float:
+                return 1_000 * (end.at - self.at)
+
+        class CUDAGraph:
+            def replay(self) -> None:
+                card.now += card.captured * card.seconds
+
+        @contextmanager
+        def graph(_: CUDAGraph) -> Iterator[None]:
+            card.captured, card._is_capturing = 0, True
+            yield
+            card._is_capturing = False
+
+        stream = SimpleNamespace(wait_stream=lambda _: None)
+        fakes = {
+            "Event": Event,
+            "CUDAGraph": CUDAGraph,
+            "graph": graph,
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda _: nullcontext(),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def call(self) -> None:
+        if self._is_capturing:
+            self.captured += 1
+        else:
+            self.now += 3 * self.seconds  # launched one by one, work takes longer
+
+
+@pytest.mark.parametrize(("seconds", "num_sets"), [(1e-5, 1), (1e-4, 5), (0.05, 2)])
+def test_a_cards_time_is_a_replays_by_its_calls(seconds: float, num_sets: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = FakeCard(monkeypatch, seconds)
+    timing = measure([card.call] * num_sets, torch.device("cuda"))
+    assert timing.seconds == pytest.approx(seconds) and timing.noise == pytest.approx(0.0, abs=1e-9)
+    assert card.captured % num_sets == 0
+    assert card.now < 2 * (0.2 + 10 * num_sets * seconds)
