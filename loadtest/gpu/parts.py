@@ -66,7 +66,7 @@ PARTS = (
     Part("native", 45, "model.native.build", programs=("cc", "gcc", "clang"), runs_dry=False),
     Part("tests", 90, "loadtest.gpu.marked_tests", needs=("torch", "triton", "pytest")),
     Part("attention", 60, "loadtest.gpu.attention", needs=("torch", "triton")),
-    Part("products", 60, "loadtest.gpu.products", needs=("torch", "triton")),
+    Part("products", 80, "loadtest.gpu.products", needs=("torch", "triton")),
     Part("operators", 30, "loadtest.gpu.operators", needs=("torch", "triton")),
     Part("sampler", 40, "loadtest.gpu.sampler", needs=("torch", "triton")),
     Part("models", 60, "loadtest.gpu.models", needs=("numpy", "tokenizers")),

@@ -1,16 +1,16 @@
-"""A step's matrix products on a card: the library's and, where it is there, the one whose rows' bits are always alike.
+"""A step's matrix products on a card: torch's own, and those that a runner may choose so that rows' bits are alike.
 
     python -m loadtest.gpu.products --records FILE
 
 For each weight and number of rows: the time, the share of the limit, and whether a row has the bits that it has alone.
-Then, for each number of rows, all products of a step, and what the reproducible way costs there.
+Then, for each number of rows, all products of a step, and what a way costs there against torch's own.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 
@@ -42,30 +42,38 @@ CHECKED_ROWS = 16
 TOLERANCE = 0.01
 """Relative, of results in bfloat16."""
 COMPILE_SECONDS = 30.0
-LIBRARY, REPRODUCIBLE = "library", "reproducible"
-OURS = "model.gpu.products", "fixed_order_product"
-"""Module and function."""
+LEAST_SECONDS = 5.0
+"""With less left, no matrix is begun."""
+BASELINE = "torch"
+"""torch's product as it chooses, splits of the inputs and all: what others are compared with."""
+OURS = "model.gpu.products"
+"""Where the candidates come from, if it is there."""
 
 Product = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 """As model.gpu.products has it: x_MI, weight_OI, bias_O or None, out_MO."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and writes. Returns the exit code."""
+    """Measures and writes. Returns the exit code: 1 where a result was wrong or the time was too short."""
     options = parse_part("products", arguments)
     if not options.is_dry:
         compile_ahead(list(compilations()), COMPILE_SECONDS)
-    is_sound = [measure_model(options, name) for name in names_of(options.is_dry)]
+    models = names_of(options.is_dry)
+    steps = {name: Steps(options, name) for name in models}
+    is_sound = [steps[name].measure({BASELINE: library_product}) for name in models]
+    found = candidates()
+    if found:
+        # For all of the process: torch's own came first.
+        import_module(OURS).forbid_split_sums(open_device(options.is_dry))
+        is_sound += [steps[name].measure(found) for name in models]
     return 0 if all(is_sound) else 1
 
 
-def ways() -> dict[str, Product]:
-    """What there is to compare."""
-    found: dict[str, Product] = {LIBRARY: library_product}
-    module, function = OURS
-    if is_importable(module):
-        found[REPRODUCIBLE] = getattr(import_module(module), function)
-    return found
+def candidates() -> dict[str, Product]:
+    """What a runner may choose between, by name."""
+    if not is_importable(OURS):
+        return {}
+    return {each.name: each.product for each in import_module(OURS).candidates()}
 
 
 def library_product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_MO: Tensor) -> None:
@@ -87,7 +95,7 @@ def multiply_to_float32(x_MI: Tensor, weight_OI: Tensor, out_MO: Tensor) -> None
 
 
 def compilations() -> Iterator[Call]:
-    """Launches of the reproducible product for every weight, with few rows and with many."""
+    """Launches of the candidates for every weight, with few rows and with many."""
     for model in names_of(is_dry=False):
         for matrix in matrices_of(shape_of(model, is_dry=False)):
             for num_rows in (1, 256, 1024):
@@ -95,12 +103,11 @@ def compilations() -> Iterator[Call]:
 
 
 def compile_product(matrix: Matrix, num_rows: int) -> None:
-    """Multiplies once in each way but the library's."""
+    """Multiplies once in each way that a runner may choose."""
     device = torch.device("cuda")
     x, (weight,) = random_tensor(num_rows, matrix.num_inputs, device=device), weights_of(matrix, 1, device)
-    for name, product in ways().items():
-        if name != LIBRARY:
-            product(x, weight, None, output_of(matrix, x))
+    for product in candidates().values():
+        product(x, weight, None, output_of(matrix, x))
     torch.cuda.synchronize()
 
 
@@ -116,50 +123,74 @@ def weights_of(matrix: Matrix, count: int, device: torch.device) -> list[Tensor]
     return [random_tensor(matrix.num_outputs, matrix.num_inputs, device=device, scale=scale) for _ in range(count)]
 
 
-def measure_model(options: PartOptions, model: str) -> bool:
-    """All products of a model's step, in all ways. Returns whether every result was right."""
-    device, rates, is_sound = open_device(options.is_dry), rates_of(options), True
-    num_rows = DRY_NUM_ROWS if options.is_dry else NUM_ROWS
-    prompt_rows = DRY_PROMPT_ROWS if options.is_dry else PROMPT_ROWS
-    totals: dict[tuple[str, int], list[float]] = defaultdict(list)
-    limits: dict[int, float] = defaultdict(float)
-    for matrix in matrices_of(shape_of(model, options.is_dry)):
+class Steps:
+    """All products of one model's steps, matrix after matrix, in one way after another."""
+
+    def __init__(self, options: PartOptions, model: str) -> None:
+        self._options, self._model = options, model
+        self._matrices = matrices_of(shape_of(model, options.is_dry))
+        self._num_rows = DRY_NUM_ROWS if options.is_dry else NUM_ROWS
+        self._prompt_rows = DRY_PROMPT_ROWS if options.is_dry else PROMPT_ROWS
+        self._seconds: dict[tuple[str, int], float] = defaultdict(float)
+        self._has_own_bits: dict[tuple[str, int], bool] = defaultdict(lambda: True)
+
+    def measure(self, ways: Mapping[str, Product]) -> bool:
+        """Measures some ways, and writes each product and their sums. Returns whether all is there and right."""
+        is_sound = True
+        for matrix in self._matrices:
+            if self._options.left() < LEAST_SECONDS:
+                print(f"no time is left for {self._model} {matrix.name}")
+                return False
+            is_sound &= self._measure_matrix(matrix, ways)
+        for way in ways:
+            for rows in (*self._num_rows, self._prompt_rows):
+                self._write_sum(way, rows)
+        return is_sound
+
+    def _measure_matrix(self, matrix: Matrix, ways: Mapping[str, Product]) -> bool:
+        device, rates = open_device(self._options.is_dry), rates_of(self._options)
         weights = weights_of(matrix, num_sets(2 * matrix.num_outputs * matrix.num_inputs, device), device)
         # Of a prompt, one row meets the last matrix.
-        counts = num_rows if matrix.is_last else (*num_rows, prompt_rows)
+        counts = self._num_rows if matrix.is_last else (*self._num_rows, self._prompt_rows)
         x = random_tensor(max(counts), matrix.num_inputs, device=device)
+        is_sound = True
         for rows in counts:
-            limit = least_seconds(matrix, rows, rates)
-            limits[rows] += matrix.count * limit
-            for way, product in ways().items():
+            for way, product in ways.items():
                 error, has_own_bits = examine(product, matrix, x[:rows], weights[0])
                 timing = time_product(product, matrix, x[:rows], weights)
                 is_sound &= error < TOLERANCE
-                totals[way, rows].append(matrix.count * timing.seconds)
-                options.records.write(
+                self._seconds[way, rows] += matrix.count * timing.seconds
+                self._has_own_bits[way, rows] &= has_own_bits
+                self._options.records.write(
                     "product",
-                    model=model,
+                    model=self._model,
                     matrix=matrix.name,
                     way=way,
                     rows=rows,
                     us=1e6 * timing.seconds,
-                    share=limit / timing.seconds,
+                    share=least_seconds(matrix, rows, rates) / timing.seconds,
                     noise=timing.noise,
                     error=error,
                     is_right=error < TOLERANCE,
                     has_bits_of_alone=has_own_bits,
                 )
-    for (way, rows), seconds in totals.items():
-        options.records.write(
+        return is_sound
+
+    def _write_sum(self, way: str, rows: int) -> None:
+        matrices = [matrix for matrix in self._matrices if rows in self._num_rows or not matrix.is_last]
+        rates = rates_of(self._options)
+        limit = sum(matrix.count * least_seconds(matrix, rows, rates) for matrix in matrices)
+        seconds = self._seconds[way, rows]
+        self._options.records.write(
             "products of a step",
-            model=model,
+            model=self._model,
             way=way,
             rows=rows,
-            ms=1e3 * sum(seconds),
-            share=limits[rows] / sum(seconds),
-            cost=sum(seconds) / sum(totals[LIBRARY, rows]) - 1,
+            ms=1e3 * seconds,
+            share=limit / seconds,
+            cost=seconds / self._seconds[BASELINE, rows] - 1,
+            has_bits_of_alone=self._has_own_bits[way, rows],
         )
-    return is_sound
 
 
 def least_seconds(matrix: Matrix, num_rows: int, rates: MachineRates) -> float:

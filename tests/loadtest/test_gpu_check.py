@@ -203,8 +203,9 @@ def decode(model: str, batch: int, share: float) -> dict[str, object]:
     return name | {"share": share, "ms": 10.0, "limit_ms": 9.0, "alone_ms": 11.0}
 
 
-def products(way: str, rows: int, ms: float) -> dict[str, object]:
-    return {"kind": "products of a step", "model": "8B", "way": way, "rows": rows, "ms": ms}
+def products(way: str, rows: int, ms: float, has_own_bits: bool = True) -> dict[str, object]:
+    name = {"kind": "products of a step", "model": "8B", "way": way, "rows": rows}
+    return name | {"ms": ms, "has_bits_of_alone": has_own_bits}
 
 
 def test_goals_are_judged_by_what_was_measured() -> None:
@@ -218,8 +219,10 @@ def test_goals_are_judged_by_what_was_measured() -> None:
         decode("1B", 1, 0.71),
         {"kind": "prefill", "model": "8B", "tokens": 8192, "share": 0.7, "ms": 200.0, "limit_ms": 140.0},
         {"kind": "prefill", "model": "8B", "tokens": 1024, "share": 0.1, "ms": 200.0, "limit_ms": 20.0},
-        *(products("library", rows, 8.0) for rows in (1, 32)),
-        *(products("reproducible", rows, 8.6) for rows in (1, 32)),
+        *(products("torch", rows, 8.0, has_own_bits=False) for rows in (1, 32)),
+        *(products("padded", rows, 8.1, has_own_bits=rows > 1) for rows in (1, 32)),
+        *(products("tiles", rows, 8.6) for rows in (1, 32)),
+        *(products("one tile", rows, 9.6) for rows in (1, 32)),
         workload("quire", 100.0),
         workload("quire through gRPC", 94.0),
         workload("transformers", 50.0),
@@ -243,7 +246,7 @@ def test_goals_are_judged_by_what_was_measured() -> None:
 
 
 def test_what_was_not_measured_is_not_judged() -> None:
-    assert verdicts_of([workload("transformers", 50.0), products("reproducible", 1, 8.0)]) == []
+    assert verdicts_of([workload("transformers", 50.0), products("tiles", 1, 8.0)]) == []
 
 
 def test_the_table_has_a_line_for_each_part_and_goal() -> None:
