@@ -13,7 +13,7 @@ from typing import Protocol
 
 from loadtest.timing import StreamTimes
 from loadtest.workloads import Work
-from model.interface import ModelFacts, Runner, Sampling
+from model.interface import Sampling
 from service.client.aio import Client
 from service.client.types import Delta
 from service.config import Settings
@@ -22,9 +22,6 @@ from service.engine.messages import NO_TOKEN, Limits, Submit
 from service.engine.process import engine_options, load_model
 
 LONG_SECONDS = 3_600.0
-
-Loaded = tuple[Runner, ModelFacts]
-"""A model as its loader gives it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +46,9 @@ class EngineTarget:
 
     name = "engine"
 
-    def __init__(self, settings: Settings | None = None, loaded: Loaded | None = None) -> None:
-        """`loaded` is a model that an engine which is idle has used before; without it, the settings' is loaded."""
+    def __init__(self, settings: Settings | None = None) -> None:
         settings = settings or Settings()
-        self.loaded = loaded or load_model(settings)
-        runner, self.facts = self.loaded
+        runner, self.facts = load_model(settings)
         self._engine = Engine(runner, engine_options(settings))
         self._num_submitted = 0
 
