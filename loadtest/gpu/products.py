@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 
@@ -36,6 +37,7 @@ from loadtest.roofline import MachineRates
 
 NUM_ROWS = (1, 8, 32, 64, 128, 256)
 PROMPT_ROWS = 8192
+DRY_VOCAB_SIZE = 70
 DRY_NUM_ROWS = (1, 3)
 DRY_PROMPT_ROWS = 17
 CHECKED_ROWS = 16
@@ -129,7 +131,8 @@ class Steps:
 
     def __init__(self, options: PartOptions, model: str) -> None:
         self._options, self._model = options, model
-        self._matrices = matrices_of(shape_of(model, options.is_dry))
+        shape = shape_of(model, options.is_dry)
+        self._matrices = matrices_of(replace(shape, vocab_size=DRY_VOCAB_SIZE) if options.is_dry else shape)
         self._num_rows = DRY_NUM_ROWS if options.is_dry else NUM_ROWS
         self._prompt_rows = DRY_PROMPT_ROWS if options.is_dry else PROMPT_ROWS
         self._seconds: dict[tuple[str, int], float] = defaultdict(float)
