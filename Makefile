@@ -63,6 +63,12 @@ lint-proto:
 kernels-check: $(DEV) ## compile the kernels for a card, which need not be there; last line is JSON (ARGS="MODULE ...")
 	@$(BIN)/python -m model.gpu.check $(ARGS)
 
+# The Python of the machine that has the card: nothing is installed there, and parts whose modules it lacks are skipped.
+gpu-check: ## measure everything on a card, in one call under nine minutes; last line is JSON (ARGS="--only steps" or "--dry")
+	@for python in $(BIN)/python $(PYTHON) python3 python; do \
+	 if $$python -c '$(HAS_TORCH)' 2>/dev/null; then exec $$python -m loadtest.gpu.check $(ARGS); fi; done; \
+	 echo "quire: no Python here has torch 2.11 or newer; name one with PYTHON=..." >&2; exit 2
+
 bench: $(DEV) $(COMMAND) $(NATIVE) ## measure the bare engine and the way through gRPC; last line is JSON
 	@$(BIN)/python -m loadtest.bench $(ARGS)
 
@@ -88,7 +94,7 @@ clean: ## remove everything that was built, the environment included
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 
-.PHONY: help serve test test-slow lint lint-style lint-types lint-stubs lint-proto kernels-check bench loadtest proto lock native clean
+.PHONY: help serve test test-slow lint lint-style lint-types lint-stubs lint-proto kernels-check gpu-check bench loadtest proto lock native clean
 
 # ---- set-up, one stage per stamp ----
 

@@ -1,6 +1,6 @@
 """Models to measure with: seeded random weights in the shapes S, M and L, as Hugging Face directories.
 
-    python -m loadtest.models DIR [S M L]
+    python -m loadtest.models DIR [S M L 1B 8B]
 
 Speed does not depend on what weights say, so nothing has to be downloaded. The tokenizer knows bytes and pairs of
 letters; the rest of the vocabulary are fillers that no text encodes to.
@@ -12,7 +12,7 @@ import argparse
 import json
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
@@ -26,11 +26,13 @@ SPECIAL_TOKENS = (END, "<|im_start|>", "<|im_end|>")
 
 Shape = tuple[int, ...]
 Words = np.ndarray[Any, np.dtype[np.uint16]]
+MakeWeights = Callable[[str, Shape], Iterable[Words]]
+"""The weights of a tensor, in pieces: values that keep activations near one, norms of ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a decoder of the Llama family with tied embeddings, and the seed of its weights."""
+    """Sizes of a decoder of the Llama family, and the seed of its weights."""
 
     vocab_size: int
     hidden_size: int
@@ -41,6 +43,10 @@ class ModelShape:
     rope_theta: float
     context_length: int
     seed: int
+    is_tied: bool = True
+    """Whether the embeddings are the last matrix, too."""
+    repeats: bool = False
+    """Whether weights repeat a pool of random ones: written as fast as memory goes, for sizes of gigabytes."""
 
     @property
     def head_dim(self) -> int:
@@ -55,17 +61,27 @@ SHAPES = {
 }
 """S is the built-in model's size, M is SmolLM2-135M's, L is Llama-3.2-1B's with a smaller vocabulary."""
 
+CARD_SHAPES = {
+    "1B": ModelShape(128_256, 2048, 8192, 16, 32, 8, 500_000.0, 131_072, seed=44, repeats=True),
+    "8B": ModelShape(128_256, 4096, 14_336, 32, 32, 8, 500_000.0, 131_072, seed=55, is_tied=False, repeats=True),
+}
+"""For a card: Llama-3.2-1B's, Llama-3.1-8B's."""
+
+POOL_SIZE = 2**23 + 9
+"""Weights of the pool. No matrix's width is a part of it, so that rows differ."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the models that were asked for. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.models", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the directories S, M and L go")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {' '.join(SHAPES)} (default: all)")
+    known = SHAPES | CARD_SHAPES
+    parser.add_argument("folder", type=Path, help="where the models' directories go")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {' '.join(known)} (default: {' '.join(SHAPES)})")
     given = parser.parse_args(arguments)
-    if unknown := set(given.names) - set(SHAPES):
+    if unknown := set(given.names) - set(known):
         parser.error(f"no such shape: {' '.join(sorted(unknown))}")
     for name in given.names or SHAPES:
-        write_model(SHAPES[name], given.folder / name)
+        write_model(known[name], given.folder / name)
         print(given.folder / name, flush=True)
     return 0
 
@@ -73,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_model(shape: ModelShape, folder: Path) -> None:
     """Writes one Hugging Face directory."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", tensor_shapes(shape), np.random.default_rng(shape.seed))
+    generator = np.random.default_rng(shape.seed)
+    make = RepeatedWeights(generator) if shape.repeats else FreshWeights(generator)
+    write_safetensors(folder / "model.safetensors", tensor_shapes(shape), make)
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     write_json(folder / "config.json", config(shape) | ends)
     write_json(folder / "generation_config.json", {"do_sample": False} | ends)
@@ -106,7 +124,7 @@ def config(shape: ModelShape) -> dict[str, Any]:
         "rope_theta": shape.rope_theta,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": shape.is_tied,
         "attention_bias": False,
         "mlp_bias": False,
         "torch_dtype": "bfloat16",
@@ -131,10 +149,11 @@ def tensor_shapes(shape: ModelShape) -> dict[str, Shape]:
             "post_attention_layernorm": (hidden,),
         }
         found |= {f"model.layers.{layer}.{part}.weight": size for part, size in parts.items()}
-    return found | {"model.norm.weight": (hidden,)}
+    found["model.norm.weight"] = (hidden,)
+    return found if shape.is_tied else found | {"lm_head.weight": (shape.vocab_size, hidden)}
 
 
-def write_safetensors(path: Path, shapes: dict[str, Shape], generator: np.random.Generator) -> None:
+def write_safetensors(path: Path, shapes: dict[str, Shape], make: MakeWeights) -> None:
     """Writes bfloat16 tensors one after the other: numpy knows no bfloat16, and the format is a header and bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -146,17 +165,53 @@ def write_safetensors(path: Path, shapes: dict[str, Shape], generator: np.random
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
-            file.write(weights(name, shape, generator).tobytes())
+            for words in make(name, shape):
+                file.write(words.data)
 
 
-def weights(name: str, shape: Shape, generator: np.random.Generator) -> Words:
-    """Values that keep activations near one: norms of ones, matrices scaled by their width."""
-    if len(shape) == 1:
-        return to_bfloat16(np.ones(shape, np.float32))
-    scale = 0.05 if "embed" in name else shape[1] ** -0.5
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        scale /= 2  # what layers add to the stream
-    return to_bfloat16(generator.standard_normal(shape, np.float32) * np.float32(scale))
+class FreshWeights:
+    """Every weight drawn anew."""
+
+    def __init__(self, generator: np.random.Generator) -> None:
+        self._generator = generator
+
+    def __call__(self, name: str, shape: Shape) -> Iterator[Words]:
+        """See MakeWeights."""
+        if len(shape) == 1:
+            yield to_bfloat16(np.ones(shape, np.float32))
+        else:
+            normal = self._generator.standard_normal(shape, np.float32)
+            yield to_bfloat16(normal * np.float32(scale_of(name, shape)))
+
+
+class RepeatedWeights:
+    """Runs of a pool of weights, each tensor's from a place of its own on."""
+
+    def __init__(self, generator: np.random.Generator, size: int = POOL_SIZE) -> None:
+        self._generator = generator
+        self._normal = generator.standard_normal(size, np.float32)
+        self._pools: dict[float, Words] = {}
+
+    def __call__(self, name: str, shape: Shape) -> Iterator[Words]:
+        """See MakeWeights."""
+        if len(shape) == 1:
+            yield to_bfloat16(np.ones(shape, np.float32))
+            return
+        scale = scale_of(name, shape)
+        if scale not in self._pools:
+            self._pools[scale] = to_bfloat16(self._normal * np.float32(scale))
+        pool, left = self._pools[scale], int(np.prod(shape))
+        begin = int(self._generator.integers(len(pool)))
+        while left:
+            run = pool[begin : begin + left]
+            yield run
+            left, begin = left - len(run), 0
+
+
+def scale_of(name: str, shape: Shape) -> float:
+    """The deviation of a matrix's weights that keeps activations near one."""
+    scale: float = 0.05 if "embed" in name else shape[1] ** -0.5
+    return scale / 2 if name.endswith(("o_proj.weight", "down_proj.weight")) else scale  # what layers add to the stream
 
 
 def to_bfloat16(values: np.ndarray[Any, np.dtype[np.float32]]) -> Words:

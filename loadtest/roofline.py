@@ -69,6 +69,11 @@ class MachineRates:
         attention = limits["fp32_flops" if precision == "fp32" else "bf16_flops"]
         return cls(bytes_read, products, attention) if bytes_read and products and attention else None
 
+    @classmethod
+    def of_card(cls, limits: Mapping[str, float]) -> MachineRates:
+        """Of a card, in bfloat16: what it copies, bytes read and written counted, and its rate of products."""
+        return cls(limits["bytes_per_second"], limits["bf16_flops"], limits["bf16_flops"])
+
 
 @dataclass(frozen=True, slots=True)
 class LeastTime:
@@ -110,6 +115,16 @@ def least_time(cost: ModelCost, rates: MachineRates, precision: str, works: Sequ
     reading = max(work.num_new - 1 for work in works) * weight_seconds
     reading += KV_ELEMENT_BYTES * cost.kv_width * contexts / rates.bytes_read
     return LeastTime(prefill, weight_seconds, computing, reading)
+
+
+def decode_step_seconds(cost: ModelCost, rates: MachineRates, precision: str, contexts: Sequence[int]) -> float:
+    """Of one step of a token for each context: products, which read weights meanwhile, and then keys and values.
+
+    Unlike a whole workload's, a step's attention has nothing to overlap with: it waits for each layer's products.
+    """
+    reading = cost.weight_bytes(precision) / rates.bytes_read
+    computing = 2 * len(contexts) * cost.weights / rates.product_operations
+    return max(reading, computing) + KV_ELEMENT_BYTES * cost.kv_width * sum(contexts) / rates.bytes_read
 
 
 def context_sum(num_prompt: int, num_new: int) -> int:

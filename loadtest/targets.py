@@ -52,18 +52,18 @@ class EngineTarget:
         self._engine = Engine(runner, engine_options(settings))
         self._num_submitted = 0
 
-    async def run(self, works: Sequence[Work], *, use_cache: bool) -> list[Answer]:
+    async def run(self, works: Sequence[Work], *, use_cache: bool, temperature: float = 0.0) -> list[Answer]:
         """See Target."""
-        answers = dict(self.submit(work, use_cache=use_cache) for work in works)
+        answers = dict(self.submit(work, use_cache=use_cache, temperature=temperature) for work in works)
         while self._engine.has_work:
             self.step(answers)
         return list(answers.values())
 
-    def submit(self, work: Work, *, use_cache: bool) -> tuple[int, Answer]:
+    def submit(self, work: Work, *, use_cache: bool, temperature: float = 0.0) -> tuple[int, Answer]:
         """Hands one request to the engine. Returns its sequence's id, and the answer that `step` is to fill."""
         self._num_submitted += 1
         sent_at = time.monotonic()
-        self._engine.submit(as_submit(self._num_submitted, work, sent_at, use_cache))
+        self._engine.submit(as_submit(self._num_submitted, work, sent_at, use_cache, temperature))
         return self._num_submitted, Answer(StreamTimes(sent_at, len(work.prompt)), [])
 
     def step(self, answers: Mapping[int, Answer]) -> None:
@@ -84,13 +84,13 @@ class EngineTarget:
             self.step(answers)
 
 
-def as_submit(sequence_id: int, work: Work, now: float, use_cache: bool) -> Submit:
-    """A greedy request that only its length ends."""
+def as_submit(sequence_id: int, work: Work, now: float, use_cache: bool, temperature: float = 0.0) -> Submit:
+    """A request that only its length ends; each has a seed of its own."""
     return Submit(
         id=sequence_id,
         token_ids=list(work.prompt),
         num_prompt=len(work.prompt),
-        sampling=Sampling(temperature=0.0),
+        sampling=Sampling(temperature=temperature, seed=sequence_id),
         limits=Limits(
             max_new_tokens=work.num_new,
             min_new_tokens=0,
@@ -112,10 +112,11 @@ class GrpcTarget:
 
     async def run(self, works: Sequence[Work], *, use_cache: bool) -> list[Answer]:
         """See Target."""
-        return await asyncio.gather(*(self._answer(work, use_cache) for work in works))
+        return await asyncio.gather(*(self.answer(work, use_cache=use_cache) for work in works))
 
-    async def _answer(self, work: Work, use_cache: bool) -> Answer:
-        answer = Answer(StreamTimes(time.monotonic(), len(work.prompt)), [])
+    async def answer(self, work: Work, *, use_cache: bool, sent_at: float | None = None) -> Answer:
+        """One answer; its times count from now, or from when it was to be sent. Raises QuireClientError."""
+        answer = Answer(StreamTimes(sent_at or time.monotonic(), len(work.prompt)), [])
         stream = self._client.stream(
             work.prompt,
             temperature=0.0,

@@ -75,11 +75,13 @@ def uniform_works(seed: int, count: int, num_prompt: int, num_new: int, vocab_si
     return [Work(random_prompt(generator, num_prompt, vocab_size), num_new) for _ in range(count)]
 
 
-def shared_prefix_works(seed: int, count: int, num_shared: int, num_own: int, vocab_size: int) -> list[Work]:
-    """Requests for one token each, whose prompts begin alike and end differently."""
+def shared_prefix_works(
+    seed: int, count: int, num_shared: int, num_own: int, vocab_size: int, num_new: int = 1
+) -> list[Work]:
+    """Requests of one size, whose prompts begin alike and end differently."""
     generator = random.Random(seed)
     shared = random_prompt(generator, num_shared, vocab_size)
-    return [Work(shared + random_prompt(generator, num_own, vocab_size), 1) for _ in range(count)]
+    return [Work(shared + random_prompt(generator, num_own, vocab_size), num_new) for _ in range(count)]
 
 
 class ProfileWorks:

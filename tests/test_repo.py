@@ -99,13 +99,29 @@ def test_packages_have_empty_init_files() -> None:
 def test_help_lists_every_target_that_people_call() -> None:
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
     listed = re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE)
-    assert listed == "help serve test test-slow lint kernels-check bench loadtest proto lock native clean".split()
+    assert (
+        listed
+        == "help serve test test-slow lint kernels-check gpu-check bench loadtest proto lock native clean".split()
+    )
     phony = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[0].split()
     assert set(listed) <= set(phony)
 
 
 @pytest.mark.parametrize(
-    "target", ["serve", "test", "test-slow", "lint", "kernels-check", "bench", "loadtest", "proto", "lock", "native"]
+    "target",
+    [
+        "serve",
+        "test",
+        "test-slow",
+        "lint",
+        "kernels-check",
+        "gpu-check",
+        "bench",
+        "loadtest",
+        "proto",
+        "lock",
+        "native",
+    ],
 )
 def test_targets_can_be_resolved(target: str) -> None:
     done = subprocess.run(

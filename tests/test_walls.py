@@ -50,9 +50,10 @@ def outside(names: set[str], *allowed: str) -> set[str]:
 
 
 def test_torch_lives_in_model_only():
+    """But for the benches that give single kernels of a card their tensors."""
     found = importers("torch", "model", "service", "loadtest")
     assert found, "the reader finds imports"
-    assert not outside(found, "model/")
+    assert not outside(found, "model/", "loadtest/gpu/")
     assert not found & {"model/interface.py", "model/config.py", "model/info.py"}
 
 
@@ -68,6 +69,16 @@ def test_kernels_for_a_card_know_tensors_and_the_model():
         roots = {name.split(".")[0] for name in imports_of(path)}
         assert roots <= {"model", "numpy", "torch", "triton", *sys.stdlib_module_names}, f"{name_of(path)}: {roots}"
     assert not importers("model.gpu", "service")
+
+
+@pytest.mark.parametrize("file", ["check", "parts", "processes", "records", "summary", "works"])
+def test_the_check_of_a_card_needs_nothing_that_may_be_missing_there(file):
+    roots = {name.split(".")[0] for name in imports_of(ROOT / "loadtest/gpu" / f"{file}.py")}
+    assert roots <= {"loadtest", *sys.stdlib_module_names}
+
+
+def test_the_check_of_a_card_starts_without_torch():
+    assert not modules_after("import loadtest.gpu.check") & {"torch", "triton", "numpy", "psutil", "grpc", "pydantic"}
 
 
 def test_grpc_lives_at_the_door_and_in_the_client():

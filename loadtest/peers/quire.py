@@ -14,10 +14,11 @@ from typing import Any
 from loadtest.machine import OUT, commit
 from loadtest.peers.runner import Figures, Job, output_figures, parse, report, single_figures, stall_figures
 from loadtest.peers.runner import Settings as RunnerSettings
-from loadtest.peers.works import SETTLED_TOKENS, STREAM_TOKENS
+from loadtest.peers.works import SETTLED_TOKENS
 from loadtest.server import running_server
 from loadtest.targets import Answer, EngineTarget, GrpcTarget
 from loadtest.timing import busy_seconds
+from loadtest.workloads import Work
 from service.config import Settings
 
 NAME = "quire"
@@ -89,7 +90,7 @@ def run_engine(job: Job) -> list[Figures]:
     runs = []
     for _ in range(job.repeat):
         if job.workload == "W5":
-            runs.append(measure_stall(target, job))
+            runs.append(measure_stall(target, job.works(), job.long_prompt()))
         else:
             runs.append(figures(asyncio.run(target.run(job.works(), use_cache=False))))
     return runs
@@ -116,16 +117,19 @@ def figures(answers: Sequence[Answer]) -> Figures:
     return single_figures(streams[0].num_prompt, num_tokens, ttft_seconds, seconds - ttft_seconds)
 
 
-def measure_stall(target: EngineTarget, job: Job) -> Figures:
-    """W5, in the engine's loop."""
-    streams = dict(target.submit(work, use_cache=False) for work in job.works())
+def measure_stall(target: EngineTarget, works: Sequence[Work], long_work: Work) -> Figures:
+    """W5, in the engine's loop: a long prompt among streams that must outlast it."""
+    streams = dict(target.submit(work, use_cache=False) for work in works)
     while any(answer.times.num_tokens < SETTLED_TOKENS for answer in streams.values()):
         target.step(streams)
-    long_id, long = target.submit(job.long_prompt(), use_cache=False)
+    long_id, long = target.submit(long_work, use_cache=False)
     everything = {**streams, long_id: long}
     while not long.times.arrivals:
         target.step(everything)
-    assert all(answer.times.num_tokens < STREAM_TOKENS for answer in streams.values()), "a stream ended too early"
+    ended = [
+        answer for answer, work in zip(streams.values(), works, strict=True) if answer.times.num_tokens >= work.num_new
+    ]
+    assert not ended, "a stream ended too early"
     target.cancel(streams)
     return stall_figures([answer.times for answer in streams.values()], long.times)
 

@@ -97,3 +97,11 @@ async def test_the_engine_answers_every_request_in_full_and_the_same_alone_or_to
     alone = [(await engine.run([work], use_cache=False))[0] for work in works]
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
     assert [answer.times.num_tokens for answer in together] == [6] * 4
+
+
+async def test_a_temperature_changes_the_answers() -> None:
+    engine = EngineTarget()
+    works = uniform_works(3, 2, 12, 8, engine.facts.vocab_size)
+    greedy = await engine.run(works, use_cache=False)
+    drawn = await engine.run(works, use_cache=False, temperature=5.0)
+    assert all(hot.token_ids != cold.token_ids for hot, cold in zip(drawn, greedy, strict=True))

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.roofline import MachineRates, ModelCost, context_sum, least_figures, least_time
+from loadtest.models import CARD_SHAPES, config
+from loadtest.roofline import (
+    MachineRates,
+    ModelCost,
+    context_sum,
+    decode_step_seconds,
+    least_figures,
+    least_time,
+)
 from loadtest.workloads import Work
 
 CONFIG = {
@@ -73,3 +81,27 @@ def test_latencies_among_streams_have_no_such_limit() -> None:
 def test_contexts_are_those_of_the_tokens_after_the_first() -> None:
     assert context_sum(4, 3) == 5 + 6
     assert context_sum(4, 1) == 0
+
+
+CARD = MachineRates.of_card({"bytes_per_second": 4.3e12, "bf16_flops": 790e12})
+"""An H200's, which the figures below were reckoned with by hand."""
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "milliseconds"),
+    [("8B", 1, 3.52), ("8B", 64, 5.49), ("8B", 256, 12.85), ("1B", 1, 0.58), ("1B", 128, 1.57), ("1B", 256, 2.80)],
+)
+def test_a_decode_step_reads_its_weights_or_computes_and_then_reads_its_past(
+    name: str, batch: int, milliseconds: float
+) -> None:
+    cost = ModelCost.from_config(config(CARD_SHAPES[name]))
+    assert 1_000 * decode_step_seconds(cost, CARD, "bf16", [1024] * batch) == pytest.approx(milliseconds, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "milliseconds"), [("8B", 8192, 167), ("8B", 32_768, 935), ("1B", 8192, 25.7)]
+)
+def test_a_cards_prompt_is_bound_by_its_operations(name: str, length: int, milliseconds: float) -> None:
+    cost = ModelCost.from_config(config(CARD_SHAPES[name]))
+    least = least_time(cost, CARD, "bf16", [Work((1,) * length, 1)])
+    assert 1_000 * least.prefill_seconds == pytest.approx(milliseconds, rel=0.02)

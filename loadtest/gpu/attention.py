@@ -1,0 +1,86 @@
+"""Attention on a card against its limit: decode at several batches and contexts, and a long prompt.
+
+python -m loadtest.gpu.attention --records FILE
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from loadtest.gpu.attention_cases import Cache, Case, Spans, Tiles
+from loadtest.gpu.limits import rates_of
+from loadtest.gpu.measure import compile_ahead, measure, open_device
+from loadtest.gpu.records import PartOptions, parse_part
+from loadtest.gpu.shapes import names_of, shape_of
+from loadtest.models import ModelShape
+from model.gpu.attention import DECODE, PREFILL, Tile
+
+BATCHES = (1, 8, 32, 64, 128, 256)
+SPANS = (
+    *(Spans(batch, 1024) for batch in BATCHES),
+    *(Spans(batch, 8192) for batch in BATCHES),
+    *(Spans(1, length, length) for length in (1024, 8192, 32_768)),
+    Spans(1, 8192, 1024),
+)
+DRY_SPANS = (Spans(2, 70), Spans(1, 40, 40))
+TILES = Tiles(DECODE, PREFILL)
+DRY_TILES = Tiles(Tile(16, 16, 32, 4, 3), Tile(16, 16, 64, 4, 3))
+POOL_TOKENS = 256 * 8192
+DRY_POOL_TOKENS = 1024
+TOLERANCE = 0.01
+"""Relative, of results in bfloat16."""
+COMPILE_SECONDS = 40.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures and writes. Returns the exit code."""
+    options = parse_part("attention", arguments)
+    if not options.is_dry:
+        shapes = [shape_of(name, is_dry=False) for name in names_of(options.is_dry)]
+        compile_ahead(
+            [partial(compile_kernels, shape, TILES, is_decode) for shape in shapes for is_decode in (True, False)],
+            COMPILE_SECONDS,
+        )
+    is_sound = [measure_model(options, name) for name in names_of(options.is_dry)]
+    return 0 if all(is_sound) else 1
+
+
+def compile_kernels(shape: ModelShape, tiles: Tiles, is_decode: bool) -> None:
+    """Launches the kernels of a kind of step once, with splits to merge where decode has some."""
+    cache = Cache(shape, 4096, torch.device("cuda"))
+    Case(cache, Spans(2, 2048) if is_decode else Spans(1, 256, 256), tiles).calls()[0]()
+    torch.cuda.synchronize()
+
+
+def measure_model(options: PartOptions, name: str) -> bool:
+    """All steps of one model's heads. Returns whether every result was right."""
+    device, rates, shape = open_device(options.is_dry), rates_of(options), shape_of(name, options.is_dry)
+    cache = Cache(shape, DRY_POOL_TOKENS if options.is_dry else POOL_TOKENS, device)
+    is_sound = True
+    for spans in DRY_SPANS if options.is_dry else SPANS:
+        case = Case(cache, spans, DRY_TILES if options.is_dry else TILES)
+        error = case.error()
+        is_sound &= error < TOLERANCE
+        timing, limit = measure(case.calls(), device), spans.least_seconds(shape, rates)
+        options.records.write(
+            "attention",
+            model=name,
+            phase="decode" if spans.is_decode else "prefill",
+            batch=spans.num_rows,
+            context=spans.context,
+            tokens=spans.num_tokens,
+            us=1e6 * timing.seconds,
+            share=limit / timing.seconds,
+            noise=timing.noise,
+            error=error,
+            is_right=error < TOLERANCE,
+        )
+    return is_sound
+
+
+if __name__ == "__main__":
+    sys.exit(main())
