@@ -96,6 +96,13 @@ def plan_work(
     return np.concatenate([part.ravel() for part in parts], dtype=np.int32, casting="same_kind")
 
 
+def name_sequences(plan: NDArray[np.int32], names_R: NDArray[np.integer[Any]]) -> None:
+    """Has a plan call its sequences not by their rows, but by these numbers, such as slots: block tables lie there."""
+    num_items = int(plan[0] + plan[1])
+    items = plan[HEADER_SIZE : HEADER_SIZE + num_items * ITEM_SIZE].reshape(-1, ITEM_SIZE)
+    items[:, 0] = names_R[items[:, 0]]
+
+
 def _cut_rows(
     rows: NDArray[np.int64],
     starts: NDArray[np.int32],

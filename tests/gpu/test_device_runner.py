@@ -1,0 +1,281 @@
+"""DeviceRunner against TorchRunner, on a device that does everything at the last moment, in Triton's interpreter.
+
+Block size, model and steps are the same for both, so that a script of batches says what either computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.gpu import device_runner, runner
+from model.gpu.device_runner import DeviceRunner
+from model.gpu.forward import multiply
+from model.gpu.graphs import Buckets
+from model.gpu.runner import load_device_runner
+from model.interface import Admission, Backend, Batch, Dtype, Row, Runner, RunnerOptions, Sampled, Sampling
+from model.runner import load_runner
+from tests.gpu.late_device import LateDevice, LateEvent
+from tests.model.checkpoints import write_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+VOCAB_SIZE = 131
+BLOCK_SIZE = 64
+CONTEXT_LENGTH = 160
+NUM_SLOTS = 4
+BUCKETS = Buckets(decode=(1, 2, 4), mixed=(8, 24))
+GREEDY = Sampling(temperature=0.0)
+TOLD = Sampling(temperature=0.0, num_logprobs=4)
+SAMPLINGS = (
+    TOLD,
+    Sampling(temperature=0.9, top_p=0.9, seed=3),
+    Sampling(
+        temperature=1.1,
+        top_k=40,
+        min_p=0.01,
+        seed=2**40 + 1,
+        repetition_penalty=1.3,
+        frequency_penalty=0.2,
+        presence_penalty=0.1,
+        logit_bias=((7, 2.0), (9, -1.0)),
+        num_logprobs=2,
+    ),
+    Sampling(temperature=1.4, seed=11, num_logprobs=0),
+)
+PROMPTS = ([5, 6, 7], [9], list(range(20, 41)), list(range(100, 70, -2)))
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(
+        tmp_path_factory.mktemp("model"), vocab_size=VOCAB_SIZE, hidden_size=32, num_heads=2, num_kv_heads=1,
+        head_dim=16, intermediate_size=48, context_length=CONTEXT_LENGTH, bias=True,
+    )  # fmt: skip
+
+
+def options(model_dir: Path, **changes: object) -> RunnerOptions:
+    small = {
+        "dtype": Dtype.FLOAT32,
+        "num_blocks": 12,
+        "block_size": BLOCK_SIZE,
+        "max_num_seqs": NUM_SLOTS,
+        "max_batch_tokens": 32,
+        "num_threads": 1,
+    }
+    return RunnerOptions(str(model_dir), **{**small, **changes})  # type: ignore[arg-type]
+
+
+@cache
+def loaded(
+    model_dir: Path, runs_ahead: bool = False, captures_graphs: bool = True, buckets: Buckets = BUCKETS
+) -> tuple[DeviceRunner, LateDevice]:
+    """One runner serves many tests, one after the other: an admission leaves nothing of a slot's past."""
+    device = LateDevice(runs_ahead)
+    given = options(model_dir, captures_graphs=captures_graphs, backend=Backend.GPU)
+    return load_device_runner(given, device=device, buckets=buckets)[0], device
+
+
+@cache
+def on_the_cpu(model_dir: Path) -> Runner:
+    return load_runner(options(model_dir, backend=Backend.TORCH))[0]
+
+
+def admit(slot: int, ids: Sequence[int], num_tokens: int, sampling: Sampling = GREEDY, **limits: object) -> Row:
+    """The first row of a sequence, with blocks for a whole context."""
+    first_block = 3 * slot
+    admission = Admission(ids, len(ids), sampling, **limits)  # type: ignore[arg-type]
+    return Row(slot, 0, num_tokens, range(first_block, first_block + 3), num_tokens == len(ids), admission)
+
+
+def script() -> Iterator[list[Row]]:
+    """Four sequences that come one after another, one of them in chunks, and then decode beside one another."""
+    yield [admit(0, PROMPTS[0], 3, SAMPLINGS[0])]
+    yield [Row(0, 3, 1, wants_token=True), admit(2, PROMPTS[2], 8, SAMPLINGS[2])]
+    yield [admit(1, PROMPTS[1], 1, SAMPLINGS[1]), Row(2, 8, 1), Row(0, 4, 1, wants_token=True)]
+    yield [Row(2, 9, 12, wants_token=True), Row(1, 1, 1, wants_token=True)]
+    yield [
+        Row(2, 21, 1, wants_token=True),
+        admit(3, PROMPTS[3], 15, SAMPLINGS[3], min_new_tokens=3, end_token_ids=(4, 30)),
+    ]
+    for step in range(4):
+        decoding = [(0, 5), (1, 2), (2, 22), (3, 15)]
+        yield [Row(slot, start + step, 1, wants_token=True) for slot, start in reversed(decoding)]
+    yield [Row(3, 19, 1, wants_token=True)]
+
+
+def play(runner: Runner, steps: Sequence[list[Row]], depth: int = 0) -> list[Sampled]:
+    """Launches all steps, each `depth` ahead of the one whose result is asked for."""
+    pendings, found = [], []
+    for rows in steps:
+        pendings.append(runner.launch(Batch(rows, sum(row.num_tokens for row in rows))))
+        if len(pendings) > depth:
+            found.append(pendings.pop(0).result())
+    return found + [pending.result() for pending in pendings]
+
+
+def assert_same(found: Sequence[Sampled], expected: Sequence[Sampled]) -> None:
+    """Equal tokens; log-probabilities that differ by rounding at most."""
+    assert [step.token_ids for step in found] == [step.token_ids for step in expected]
+    assert [step.is_finite for step in found] == [step.is_finite for step in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        for one, other in zip(mine.logprobs, theirs.logprobs, strict=True):
+            if one is None or other is None:
+                assert one is other
+                continue
+            assert one.top_ids == other.top_ids
+            assert [one.chosen, *one.top_logprobs] == pytest.approx([other.chosen, *other.top_logprobs], abs=2e-5)
+
+
+@pytest.mark.parametrize("captures_graphs", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize("runs_ahead", [False, True], ids=["late", "ahead"])
+def test_steps_are_those_of_the_cpu_at_any_depth(model_dir: Path, runs_ahead: bool, captures_graphs: bool) -> None:
+    steps = list(script())
+    expected = play(on_the_cpu(model_dir), steps)
+    assert len({token for step in expected for token in step.token_ids}) > 10
+    mine, device = loaded(model_dir, runs_ahead, captures_graphs)
+    for depth in (0, 1):
+        num_replayed = device.num_replayed
+        assert_same(play(mine, steps, depth), expected)
+        # Each step's size is among the buckets; each has a draw, two of them with penalties, which are not captured.
+        assert (device.num_replayed > num_replayed) == captures_graphs
+
+
+def test_each_sequence_alone_has_the_same_tokens(model_dir: Path) -> None:
+    together = play(on_the_cpu(model_dir), list(script()))
+    mine, _ = loaded(model_dir)
+    tokens = [together[0].token_ids[0], together[1].token_ids[0], together[2].token_ids[1]]
+    tokens += [step.token_ids[3] for step in together[5:9]]
+    steps = [[admit(1, PROMPTS[0], 3, SAMPLINGS[0])], *([Row(1, 3 + i, 1, wants_token=True)] for i in range(6))]
+    assert [step.token_ids[0] for step in play(mine, steps, depth=1)] == tokens
+
+
+@pytest.mark.parametrize("chunks", [[21], [6, 15], [1] * 21, [19, 2]], ids=str)
+def test_chunks_of_a_prompt_change_nothing(model_dir: Path, chunks: list[int]) -> None:
+    prompt, mine = PROMPTS[2], loaded(model_dir)[0]
+    expected = play(on_the_cpu(model_dir), [[admit(0, prompt, 21, TOLD)], [Row(0, 21, 1, wants_token=True)]])
+    steps, start = [[admit(0, prompt, chunks[0], TOLD)]], chunks[0]
+    for size in chunks[1:]:
+        steps.append([Row(0, start, size, wants_token=start + size == 21)])
+        start += size
+    steps.append([Row(0, 21, 1, wants_token=True)])
+    assert_same(play(mine, steps, depth=1)[-2:], expected)
+
+
+def test_a_sequence_goes_on_in_another_slot_after_preemption(model_dir: Path) -> None:
+    """With penalties, which count what was generated before."""
+    mine, _ = loaded(model_dir)
+    prompt, sampling = PROMPTS[3], SAMPLINGS[2]
+    whole = [[admit(0, prompt, 15, sampling)], *([Row(0, 15 + i, 1, wants_token=True)] for i in range(9))]
+    tokens = [step.token_ids[0] for step in play(on_the_cpu(model_dir), whole)]
+    assert [step.token_ids[0] for step in play(mine, whole[:5], depth=1)] == tokens[:5]
+    known = [*prompt, *tokens[:5]]
+    again = Row(3, 0, 20, range(9, 12), True, Admission(known, 15, sampling))
+    rest = play(mine, [[again], *([Row(3, 20 + i, 1, wants_token=True)] for i in range(4))], depth=1)
+    assert [step.token_ids[0] for step in rest] == tokens[5:]
+
+
+def test_a_slot_forgets_who_was_there_before(model_dir: Path) -> None:
+    mine, theirs = loaded(model_dir)[0], on_the_cpu(model_dir)
+    demanding = Sampling(temperature=0.0, logit_bias=tuple((i, 50.0) for i in range(20)), presence_penalty=2.0)
+    before = [[admit(0, [1, 2], 2, demanding, min_new_tokens=9, end_token_ids=tuple(range(3, 9)))]]
+    steps = [[admit(0, PROMPTS[3], 15, TOLD)], *([Row(0, 15 + i, 1, wants_token=True)] for i in range(3))]
+    assert_same(play(mine, [*before, *steps], depth=1)[1:], play(theirs, steps))
+    some = Sampling(temperature=0.0, logit_bias=((3, 1.0),), presence_penalty=0.5)
+    steps[0] = [admit(0, PROMPTS[3], 15, some, min_new_tokens=2, end_token_ids=(5,))]
+    assert_same(play(mine, [*before, *steps], depth=1)[1:], play(theirs, steps))
+
+
+def test_a_context_is_computed_to_its_end_and_blocks_come_as_they_are_needed(model_dir: Path) -> None:
+    mine, theirs = loaded(model_dir)[0], on_the_cpu(model_dir)
+    prompt = [position % VOCAB_SIZE for position in range(CONTEXT_LENGTH)]
+    steps = [[Row(0, 0, 30, (11,), admission=Admission(prompt, CONTEXT_LENGTH, TOLD))], [Row(0, 30, 32)]]
+    steps += [[Row(0, 62, 32, (4,))], [Row(0, 94, 32)], [Row(0, 126, 3, (7,))], [Row(0, 129, 31, wants_token=True)]]
+    assert_same(play(mine, steps, depth=1), play(theirs, steps))
+
+
+def by_rows(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_MO: Tensor) -> None:
+    """A product whose rows have the same bits whatever their number."""
+    for row in range(len(x_MI)):
+        multiply(x_MI[row : row + 1], weight_OI, bias_O, out_MO[row : row + 1])
+
+
+def test_padding_and_neighbours_change_no_bit(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where products keep rows apart. Log-probabilities of a row that asks show its logits."""
+    monkeypatch.setattr(runner, "multiply", by_rows)
+    steps = [[admit(slot, PROMPTS[slot], len(PROMPTS[slot]), TOLD) for slot in (0, 1)]]
+    steps += [[Row(0, 3 + i, 1, wants_token=True), Row(1, 1 + i, 1, wants_token=True)] for i in range(3)]
+    found = []
+    for decode, mixed in (((2,), (4,)), ((3,), (11,)), ((4,), ())):
+        buckets = Buckets(decode, mixed)
+        mine, _ = load_device_runner(options(model_dir, captures_graphs=False), device=LateDevice(), buckets=buckets)
+        found.append(play(mine, steps))
+    assert found[0] == found[1] == found[2]
+    alone = play(mine, [[row for row in rows if row.slot == 0] for rows in steps])
+    assert [step.logprobs[0] for step in alone] == [step.logprobs[0] for step in found[0]]
+
+
+def test_launch_waits_for_nothing(model_dir: Path) -> None:
+    mine, device = loaded(model_dir)
+    steps = list(script())
+    pendings = []
+    for rows in steps[:2]:
+        num_done = device.num_done
+        pendings.append(mine.launch(Batch(rows, sum(row.num_tokens for row in rows))))
+        assert device.num_done == num_done
+    assert pendings[0].result() == pendings[0].result()
+    assert device.num_done < device.num_enqueued, "the second step has not run"
+    assert pendings[1].result().token_ids
+
+
+def test_memory_of_a_step_in_flight_is_left_alone(model_dir: Path) -> None:
+    """Without asking for a result in between, `launch` waits for the step before the last."""
+    mine, device = loaded(model_dir)
+    steps = list(script())
+    assert_same(play(mine, steps, depth=len(steps)), play(on_the_cpu(model_dir), steps))
+    assert device.num_done == device.num_enqueued
+
+
+def reuse_at_once(mine: DeviceRunner) -> Callable[[DeviceRunner], device_runner.Piece]:
+    """In place of `_next_piece`: the same memory for every step, whatever is in flight."""
+    piece = next(mine._pieces)
+    return lambda runner: piece
+
+
+@pytest.mark.parametrize("fault", ["pinned memory is written too early", "results are overwritten"])
+def test_the_device_of_these_tests_shows_faults(model_dir: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """A single sequence that decodes, so that wrong inputs are those of another step and nothing worse."""
+    is_of_results = fault == "results are overwritten"
+    mine, _ = loaded(model_dir, runs_ahead=is_of_results)
+    prompt = [admit(0, PROMPTS[3], 15, TOLD)]
+    decode = [[Row(0, 15 + i, 1, wants_token=True)] for i in range(6)]
+    expected = play(on_the_cpu(model_dir), [prompt, *decode])
+    assert_same(play(mine, [prompt]), expected[:1])
+    if is_of_results:
+        monkeypatch.setattr(LateEvent, "hold", lambda event: None)
+    else:
+        monkeypatch.setattr(DeviceRunner, "_next_piece", reuse_at_once(mine))
+    with pytest.raises(AssertionError):
+        assert_same(play(mine, decode, depth=1), expected[1:])
+
+
+def test_a_broken_row_is_told_and_spoils_no_other(tmp_path: Path) -> None:
+    directory = write_checkpoint(
+        tmp_path, vocab_size=VOCAB_SIZE, hidden_size=32, num_heads=2, num_kv_heads=1, num_layers=1
+    )
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.embed_tokens.weight"][50] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    given = options(directory, context_length=CONTEXT_LENGTH)
+    mine, _ = load_device_runner(given, device=LateDevice(), buckets=BUCKETS)
+    theirs, _ = load_runner(options(directory, context_length=CONTEXT_LENGTH, backend=Backend.TORCH))
+    steps = [[admit(0, [5, 50, 7], 3, TOLD), admit(1, [5, 51, 7], 3, TOLD)]]
+    (found,), (expected,) = play(mine, steps), play(theirs, steps)
+    assert found.is_finite == expected.is_finite == [False, True]
+    assert found.token_ids[1] == expected.token_ids[1]
+    assert found.logprobs[0] is None and found.logprobs[1] is not None
