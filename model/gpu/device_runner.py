@@ -39,9 +39,9 @@ NUM_PIECES = 2
 class DevicePending:
     """A step under way. See model.interface.Pending."""
 
-    def __init__(self, event: Event, results: Results, wanted: Sequence[int], told: Tensor | None) -> None:
+    def __init__(self, event: Event, piece: Piece, wanted: Sequence[int], told: Tensor | None) -> None:
         """`wanted` says of each row that draws how many log-probabilities it asked for, `told` is where they come."""
-        self._event, self._results, self._wanted, self._told = event, results, wanted, told
+        self._event, self._piece, self._wanted, self._told = event, piece, wanted, told
         self._sampled: Sampled | None = None
 
     @property
@@ -54,9 +54,9 @@ class DevicePending:
         if self._sampled is None:
             self._event.wait()
             num_rows = len(self._wanted)
-            is_finite = self._results.is_finite_W[:num_rows].tolist()
+            token_ids, is_finite = (column[:num_rows].tolist() for column in self._piece.drawn)
             told = [] if self._told is None else logprobs.read(self._told, self._wanted, is_finite)
-            self._sampled = Sampled(self._results.token_ids_W[:num_rows].tolist(), is_finite, told)
+            self._sampled = Sampled(token_ids, is_finite, told)
         return self._sampled
 
 
@@ -66,7 +66,9 @@ class Piece:
     def __init__(self, device: Device, num_words: int, max_wanted: int) -> None:
         self.inputs = device.pinned(num_words, dtype=torch.int32)
         self.words = self.inputs.numpy()
-        self.results = Results(device.pinned(Results.words_of(max_wanted), dtype=torch.int32), max_wanted)
+        self.results = device.pinned(Results.words_of(max_wanted), dtype=torch.int32)
+        results = Results(self.results, max_wanted)
+        self.drawn = results.token_ids_W.numpy(), results.is_finite_W.numpy()
         self.pending: DevicePending | None = None
         """The step that it was used for last."""
 
@@ -117,7 +119,7 @@ class DeviceRunner:
         """Starts a step. Tokens that it draws are known to their slots at once; rows need not bring them back."""
         self._take_in(batch)
         rows = read_rows(batch.rows, self._tables)
-        slots_W, positions_W = rows.wanted_3W[1:]
+        _, slots_W, positions_W = rows.wanted
         piece = self._next_piece()
         wanted = self._asked.num_logprobs_S[slots_W]
         self._compute(rows, piece, asking=(wanted != NO_LOGPROBS).nonzero()[0])
@@ -125,7 +127,7 @@ class DeviceRunner:
         if rows.num_wanted:
             copies = self._draw(rows.num_wanted, piece, self._asked.changes_logits(slots_W, positions_W))
         told = self._tell(wanted, copies)
-        pending = DevicePending(self._device.copy_back(copies), piece.results, wanted.tolist(), told)
+        pending = DevicePending(self._device.copy_back(copies), piece, wanted.tolist(), told)
         self._tables.append(slots_W.tolist(), positions_W.tolist(), [NOT_YET_KNOWN] * rows.num_wanted)
         self._last = piece.pending = pending
         return pending
@@ -189,7 +191,7 @@ class DeviceRunner:
             self._device.enqueue(partial(self._step.draw_changed, num_padded))
         else:
             self._graphs.enqueue(num_padded, partial(self._step.draw, num_padded))
-        return [(self._step.results.words, piece.results.words)]
+        return [(self._step.results.words, piece.results)]
 
     def _tell(self, wanted: Ints, copies: list[tuple[Tensor, Tensor]]) -> Tensor | None:
         """Has the device tell log-probabilities to the rows that asked. Returns where they will be."""

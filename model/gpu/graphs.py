@@ -38,15 +38,18 @@ class Buckets:
 
     def of_rows(self, num_rows: int) -> int:
         """The bucket of so many rows; their own number where there is none."""
-        return next((size for size in self.decode if size >= num_rows), num_rows)
+        place = bisect_left(self.decode, num_rows)
+        return self.decode[place] if place < len(self.decode) else num_rows
 
     def of_step(self, num_tokens: int, num_wanted: int, max_wanted: int, *, is_decode: bool) -> Size:
         """The bucket of a step; its own size where there is none. No bucket wants more than `max_wanted` rows."""
         if is_decode:
             num_tokens = self.of_rows(num_tokens)
             return Size(num_tokens, num_tokens, is_decode_only=True)
-        bucket = next((size for size in self.mixed if size >= num_tokens), None)
-        return self._mixed_size(bucket, max_wanted) if bucket else Size(num_tokens, num_wanted, is_decode_only=False)
+        place = bisect_left(self.mixed, num_tokens)
+        if place == len(self.mixed):
+            return Size(num_tokens, num_wanted, is_decode_only=False)
+        return self._mixed_size(self.mixed[place], max_wanted)
 
     def sizes(self, max_wanted: int) -> list[Size]:
         """All that `of_step` may give but for steps without a bucket, the largest first."""

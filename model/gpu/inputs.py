@@ -19,8 +19,9 @@ Shape letters: R rows, T tokens, W wanted tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +34,10 @@ from model.interface import Row
 HEADER_SIZE = 8
 ALIGNED_WORDS = 4
 """Columns begin at multiples of 16 bytes."""
-NUM_TOKEN_COLUMNS, NUM_WANTED_COLUMNS = 5, 3
-TOKEN_PADDING = np.array([[0], [0], [0], [-1], [0]], np.int32)
-WANTED_PADDING = np.array([[-1], [-1], [0]], np.int32)
+TOKEN_PADDING = (0, 0, 0, -1, 0)
+WANTED_PADDING = (-1, -1, 0)
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.integer[Any]]
 Words = NDArray[np.int32]
 
 
@@ -50,16 +50,18 @@ class StepRows:
     """[R + 1]: the tokens of row r are [query_starts[r], query_starts[r + 1])."""
     ends_R: Words
     """Positions that a row's last token sees, its own with them."""
-    tokens_5T: Ints
-    wanted_3W: Ints
+    tokens: tuple[Ints, ...]
+    """The columns of the tokens, [T] each."""
+    wanted: tuple[Ints, ...]
+    """The columns of the wanted rows, [W] each."""
 
     @property
     def num_tokens(self) -> int:
-        return len(self.tokens_5T[0])
+        return len(self.tokens[0])
 
     @property
     def num_wanted(self) -> int:
-        return len(self.wanted_3W[0])
+        return len(self.wanted[0])
 
     @property
     def is_decode(self) -> bool:
@@ -69,21 +71,23 @@ class StepRows:
 
 def read_rows(rows: Sequence[Row], tables: SlotTables) -> StepRows:
     """The arrays of rows that the tables have taken in."""
-    columns = ([getattr(row, name) for row in rows] for name in ("slot", "start", "num_tokens", "wants_token"))
-    slots_R, starts_R, counts_R, wants_R = (np.array(column, dtype=np.int64) for column in columns)
-    query_starts = np.zeros(len(rows) + 1, dtype=np.int64)
+    slots_R = np.array([row.slot for row in rows])
+    positions_T = starts_R = np.array([row.start for row in rows])
+    counts_R = np.array([row.num_tokens for row in rows])
+    wanting = np.array([row.wants_token for row in rows]).nonzero()[0]
+    query_starts = np.zeros(len(rows) + 1, dtype=np.int32)
     counts_R.cumsum(out=query_starts[1:])
-    ends_R = starts_R + counts_R
-    slots_T = slots_R.repeat(counts_R)
-    positions_T = np.arange(len(slots_T)) + (starts_R - query_starts[:-1]).repeat(counts_R)
+    slots_T, ends_R = slots_R, starts_R + counts_R
+    if query_starts[-1] > len(rows):
+        slots_T = slots_R.repeat(counts_R)
+        positions_T = np.arange(len(slots_T)) + (starts_R - query_starts[:-1]).repeat(counts_R)
     ids_T, blocks_T, offsets_T = tables.look_up(slots_T, positions_T)
-    wanting = wants_R.nonzero()[0]
     return StepRows(
         slots_R=slots_R,
-        query_starts=query_starts.astype(np.int32),
+        query_starts=query_starts,
         ends_R=ends_R.astype(np.int32),
-        tokens_5T=np.stack([ids_T, positions_T, slots_T, blocks_T, offsets_T]),
-        wanted_3W=np.stack([query_starts[1:][wanting] - 1, slots_R[wanting], ends_R[wanting]]),
+        tokens=(ids_T, positions_T, slots_T, blocks_T, offsets_T),
+        wanted=(query_starts[1:][wanting] - 1, slots_R[wanting], ends_R[wanting]),
     )
 
 
@@ -91,8 +95,8 @@ PADDING = StepRows(
     slots_R=np.zeros(0, np.int64),
     query_starts=np.zeros(1, np.int32),
     ends_R=np.zeros(0, np.int32),
-    tokens_5T=np.zeros((5, 0), np.int64),
-    wanted_3W=np.zeros((3, 0), np.int64),
+    tokens=(np.zeros(0, np.int64),) * len(TOKEN_PADDING),
+    wanted=(np.zeros(0, np.int64),) * len(WANTED_PADDING),
 )
 """A step of nothing else."""
 
@@ -126,21 +130,21 @@ class InputBuffer:
     ) -> None:
         """Room for steps of at most so many tokens and wanted rows, padding included."""
         self._wanted_stride = _aligned(max_wanted)
-        self._tokens_at = HEADER_SIZE + (NUM_WANTED_COLUMNS + 1) * self._wanted_stride
+        self._tokens_at = HEADER_SIZE + (len(WANTED_PADDING) + 1) * self._wanted_stride
         num_words = self._plan_at(max_tokens) + _aligned(max_plan_words) + 2 * max_patch_words
         self.words = torch.zeros(num_words, dtype=torch.int32, device=device)
 
     def tokens(self, num_tokens: int) -> TokenInputs:
         """Where the tokens of a bucket lie."""
         plan_at = self._plan_at(num_tokens)
-        columns_5T = self.words[self._tokens_at : plan_at].view(NUM_TOKEN_COLUMNS, -1)[:, :num_tokens]
+        columns_5T = self.words[self._tokens_at : plan_at].view(len(TOKEN_PADDING), -1)[:, :num_tokens]
         ids_T, positions_T, slots_T, blocks_T, offsets_T = columns_5T
         return TokenInputs(ids_T, positions_T, slots_T, blocks_T, offsets_T, plan=self.words[plan_at:])
 
     def wanted(self, num_rows: int) -> WantedInputs:
         """Where the first wanted rows lie, whatever the bucket."""
         columns = self.words[HEADER_SIZE : self._tokens_at].view(-1, self._wanted_stride)[
-            :NUM_WANTED_COLUMNS, :num_rows
+            : len(WANTED_PADDING), :num_rows
         ]
         return WantedInputs(*columns)
 
@@ -159,19 +163,24 @@ class InputBuffer:
         patch_at = plan_at + len(plan)
         host[:HEADER_SIZE] = 0
         host[:2] = patch.shape[1], patch_at
-        wanted = host[HEADER_SIZE : self._tokens_at].reshape(-1, self._wanted_stride)
-        wanted[:-1, : step.num_wanted] = step.wanted_3W
-        wanted[:-1, step.num_wanted : num_wanted] = WANTED_PADDING
-        wanted[-1, : len(asking)] = asking
-        tokens = host[self._tokens_at : plan_at].reshape(NUM_TOKEN_COLUMNS, -1)
-        tokens[:, : step.num_tokens] = step.tokens_5T
-        tokens[:, step.num_tokens : num_tokens] = TOKEN_PADDING
+        *wanted, told = host[HEADER_SIZE : self._tokens_at].reshape(-1, self._wanted_stride)
+        _fill(wanted, step.wanted, WANTED_PADDING, num_wanted)
+        told[: len(asking)] = asking
+        tokens = host[self._tokens_at : plan_at].reshape(len(TOKEN_PADDING), -1)
+        _fill(tokens, step.tokens, TOKEN_PADDING, num_tokens)
         host[plan_at:patch_at] = plan
         host[patch_at : patch_at + patch.size] = patch.ravel()
         return patch_at + patch.size
 
     def _plan_at(self, num_tokens: int) -> int:
-        return self._tokens_at + NUM_TOKEN_COLUMNS * _aligned(num_tokens)
+        return self._tokens_at + len(TOKEN_PADDING) * _aligned(num_tokens)
+
+
+def _fill(columns: Iterable[Words], given: Sequence[Ints], padding: Sequence[int], length: int) -> None:
+    """Columns that begin with what is given and are padded up to a length."""
+    for column, values, filler in zip(columns, given, padding, strict=True):
+        column[: len(values)] = values
+        column[len(values) : length] = filler
 
 
 def _aligned(num_words: int) -> int:

@@ -44,13 +44,10 @@ class DeviceStep:
         device = forward.logits_WV.device
         self._changed_WV = torch.zeros_like(forward.logits_WV)
         """Logits with bans, bias and penalties, where a row of the step has any."""
+        self.max_wanted = max_wanted
+        """Rows that can draw a token in one step, padding included."""
         self._workspace = Workspace.empty(max_wanted, vocab_size, str(device))
         self.results = Results(torch.zeros(Results.words_of(max_wanted), dtype=torch.int32, device=device), max_wanted)
-
-    @property
-    def max_wanted(self) -> int:
-        """Rows that can draw a token in one step, padding included."""
-        return len(self._changed_WV)
 
     def bring(self, packed: Tensor) -> None:
         """Copies a step's inputs to their place; `packed` is pinned."""
