@@ -205,6 +205,19 @@ def test_a_context_is_computed_to_its_end_and_blocks_come_as_they_are_needed(mod
     assert_same(play(mine, steps, depth=1), play(theirs, steps))
 
 
+def test_bfloat16_is_near_the_cpus(model_dir: Path) -> None:
+    """Both round at the same places; the interpreter cuts bits off where a card rounds."""
+    given = {"dtype": Dtype.BFLOAT16, "captures_graphs": False}
+    mine, _ = load_device_runner(options(model_dir, **given), device=LateDevice(), buckets=BUCKETS)
+    theirs, _ = load_runner(options(model_dir, backend=Backend.TORCH, **given))
+    steps = [[admit(0, PROMPTS[2], 13, TOLD)], [admit(1, PROMPTS[2], 13, TOLD)]]
+    for found, expected in zip(play(mine, steps), play(theirs, steps), strict=True):
+        one, other = found.logprobs[0], expected.logprobs[0]
+        assert one is not None and other is not None
+        assert one.top_logprobs == pytest.approx(other.top_logprobs, abs=0.1)
+        assert found.token_ids == expected.token_ids
+
+
 def by_rows(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_MO: Tensor) -> None:
     """A product whose rows have the same bits whatever their number."""
     for row in range(len(x_MI)):
