@@ -34,6 +34,8 @@ class Device(Protocol):
     torch_device: torch.device
     name: str
     num_multiprocessors: int
+    shared_bytes: int
+    """Shared memory that a block of threads can have."""
 
     def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Host memory that the device can copy from and to by itself. Its content is undefined."""
@@ -86,6 +88,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         self.name: str = properties.name
         self.num_multiprocessors: int = properties.multi_processor_count
+        self.shared_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # by torch's stubs
         self._copies = torch.cuda.Stream()
         self._captures = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()

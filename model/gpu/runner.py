@@ -27,6 +27,7 @@ from model.gpu.graphs import Buckets
 from model.gpu.inputs import InputBuffer
 from model.gpu.slots import SlotMemory
 from model.gpu.step import DeviceStep
+from model.gpu.tiles import choose_tiles
 from model.interface import (
     Admission,
     Backend,
@@ -151,7 +152,7 @@ def _build(
     buckets = buckets.up_to(shape.num_slots, shape.max_batch_tokens)
     max_wanted = max(shape.num_slots, *buckets.decode)
     max_tokens = max(shape.max_batch_tokens, max_wanted, *buckets.mixed)
-    attention = _make_attention(config, shape, device)
+    attention = _make_attention(config, shape, dtype, device)
     forward = Forward(
         config, Parameters(config, parameters), cache, attention, multiply, shape.context_length, max_tokens, max_wanted
     )
@@ -173,9 +174,11 @@ def _build(
     return runner
 
 
-def _make_attention(config: ModelConfig, shape: RunnerShape, device: Device) -> PagedAttention:
+def _make_attention(config: ModelConfig, shape: RunnerShape, dtype: torch.dtype, device: Device) -> PagedAttention:
     heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, shape.block_size, scale=config.head_dim**-0.5)
     try:
+        group = config.num_heads // config.num_kv_heads
+        decode, prefill = choose_tiles(config.head_dim, group, dtype, device.shared_bytes)
         return PagedAttention(
             heads,
             max_rows=shape.num_slots,
@@ -183,6 +186,8 @@ def _make_attention(config: ModelConfig, shape: RunnerShape, device: Device) -> 
             max_context=shape.context_length,
             num_programs=PROGRAMS_PER_MULTIPROCESSOR * device.num_multiprocessors,
             device=device.torch_device,
+            decode=decode,
+            prefill=prefill,
         )
     except ValueError as reason:
         raise ValueError(f"the gpu backend does not take this model or block_size: {reason}") from None

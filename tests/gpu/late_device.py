@@ -31,6 +31,7 @@ class LateDevice:
 
     name = "late device"
     num_multiprocessors = 1
+    shared_bytes = 227 * 2**10
     torch_device = torch.device("cpu")
 
     def __init__(self, runs_ahead: bool = False, free_bytes: int = FREE_BYTES) -> None:
