@@ -6,6 +6,7 @@ Block size, model and steps are the same for both, so that a script of batches s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -175,15 +176,17 @@ def test_chunks_of_a_prompt_change_nothing(model_dir: Path, chunks: list[int]) -
 
 
 def test_a_sequence_goes_on_in_another_slot_after_preemption(model_dir: Path) -> None:
-    """With penalties, which count what was generated before."""
-    mine, _ = loaded(model_dir)
-    prompt, sampling = PROMPTS[3], SAMPLINGS[2]
-    whole = [[admit(0, prompt, 8, sampling)], *decode(0, 8, 6)]
-    tokens = tokens_of(0, whole, play(on_the_cpu(model_dir), whole))
-    assert tokens_of(0, whole[:4], play(mine, whole[:4], depth=1)) == tokens[:4]
-    known = [*prompt, *tokens[:4]]
-    again = [[Row(3, 0, 12, range(9, 12), True, Admission(known, 8, sampling))], *decode(3, 12, 2)]
-    assert tokens_of(3, again, play(mine, again, depth=1)) == tokens[4:]
+    """With penalties, which count what was generated before; its own slot and blocks have gone to another sequence."""
+    mine, theirs = loaded(model_dir)[0], on_the_cpu(model_dir)
+    prompt, sampling = PROMPTS[3], Sampling(temperature=0.0, repetition_penalty=1.2, frequency_penalty=1.0)
+    whole = [[admit(0, prompt, 8, sampling)], *decode(0, 8, 7)]
+    tokens = tokens_of(0, whole, play(theirs, whole))
+    only_of_prompt = [[admit(0, prompt, 8, replace(sampling, frequency_penalty=0.0))], *decode(0, 8, 7)]
+    assert tokens_of(0, only_of_prompt, play(theirs, only_of_prompt)) != tokens, "what was generated counts"
+    assert tokens_of(0, whole[:5], play(mine, whole[:5], depth=1)) == tokens[:5]
+    again = Row(3, 0, 13, range(9, 12), True, Admission([*prompt, *tokens[:5]], 8, sampling))
+    rest = [[admit(0, PROMPTS[2], 13), again], *decode(3, 13, 2)]
+    assert tokens_of(3, rest, play(mine, rest, depth=1)) == tokens[5:]
 
 
 def test_a_slot_forgets_who_was_there_before(model_dir: Path) -> None:
