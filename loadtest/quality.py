@@ -31,7 +31,18 @@ from loadtest import held_out
 from loadtest.held_out import Window
 from loadtest.machine import describe
 from model.config import load_config
-from model.interface import Admission, Batch, Dtype, Quantization, Row, Runner, RunnerOptions, Sampled, Sampling
+from model.interface import (
+    CPU_BLOCK_SIZE,
+    Admission,
+    Batch,
+    Dtype,
+    Quantization,
+    Row,
+    Runner,
+    RunnerOptions,
+    Sampled,
+    Sampling,
+)
 from service.config import Settings, let_waiting_threads_sleep
 
 WINDOW_TOKENS = 512
@@ -158,7 +169,7 @@ def measure_way(options: RunnerOptions, windows: Sequence[Window]) -> tuple[Meas
     # Imported last: torch takes seconds, and must find the wait policy set.
     from model.runner import load_runner
 
-    num_blocks = NUM_SLOTS * -(-len(windows[0]) // options.block_size)
+    num_blocks = NUM_SLOTS * -(-len(windows[0]) // CPU_BLOCK_SIZE)  # more than enough where blocks are larger
     runner, facts = load_runner(replace(options, num_blocks=num_blocks))
     scores = score(runner, windows)
     measured = Measured(scores, answer(runner, [window[:PROMPT_TOKENS] for window in windows[:MAX_PROMPTS]]))

@@ -49,7 +49,7 @@ class EngineTarget:
     def __init__(self, settings: Settings | None = None) -> None:
         settings = settings or Settings()
         runner, self.facts = load_model(settings)
-        self._engine = Engine(runner, engine_options(settings))
+        self._engine = Engine(runner, engine_options(settings, runner.shape))
         self._num_submitted = 0
 
     async def run(self, works: Sequence[Work], *, use_cache: bool, temperature: float = 0.0) -> list[Answer]:

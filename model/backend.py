@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -39,6 +40,27 @@ class Assembled:
     cache: KVCache
     packer: LinearPacker
     forward: Forward
+
+
+MIN_CAPABILITY = (8, 0)
+"""Of a card whose instructions the kernels in model/gpu are made of."""
+
+
+def has_card() -> bool:
+    """Whether torch has a card here that model/gpu computes on, and the compiler for its kernels."""
+    return find_card_fault() is None
+
+
+def find_card_fault() -> str | None:
+    """Why no card computes here, in a few words; None where one does."""
+    if not torch.cuda.is_available():
+        return "torch finds no NVIDIA card"
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return f"the card has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
+    if find_spec("triton") is None:
+        return "triton, which compiles the kernels for a card, is not installed"
+    return None
 
 
 def choose_kernels(

@@ -16,6 +16,7 @@ from model.families.base import MatrixKind, TensorMap
 from model.interface import Dtype, Quantization
 from model.native.levels import usable_levels
 
+CARDS = Path("/proc/driver/nvidia/gpus")
 _NOT_PRODUCTS = (MatrixKind.EMBEDDING, MatrixKind.NORM)
 
 
@@ -48,6 +49,12 @@ class ModelInfo:
         """How many sequences of `num_tokens` tokens a key/value budget holds, in whole blocks, sharing nothing."""
         num_blocks = budget_bytes // (block_size * self.config.kv_bytes_per_token(dtype))
         return num_blocks // -(-num_tokens // block_size)
+
+
+def cards(driver: Path = CARDS) -> list[str]:
+    """The names of the NVIDIA cards that the driver shows, whether or not torch can use them."""
+    told = (file.read_text(errors="replace").splitlines() for file in sorted(driver.glob("*/information")))
+    return [line.partition(":")[2].strip() for lines in told for line in lines if line.startswith("Model:")]
 
 
 def cpu_levels() -> list[str]:

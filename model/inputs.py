@@ -20,6 +20,9 @@ from model.interface import Batch, Row
 
 Ints = npt.NDArray[np.int64]
 
+NOT_YET_KNOWN = -1
+"""In the place of a token that a step in flight draws."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
@@ -85,8 +88,17 @@ class SlotTables:
             wanted_W=torch.from_numpy(query_starts[1:][wanting] - 1),
         )
 
+    def look_up(self, slots_T: Ints, positions_T: Ints) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Ints]:
+        """Of tokens at these places: their ids, the blocks that take their keys and values, and the offsets there."""
+        blocks_T = self.block_tables[slots_T, positions_T // self._block_size]
+        return self.tokens[slots_T, positions_T], blocks_T, positions_T % self._block_size
+
+    def num_blocks_of(self, slot: int) -> int:
+        """The length of a slot's block table."""
+        return self._num_blocks_of[slot]
+
     def append(self, slots: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Stores drawn tokens, each as the last known one of its slot."""
+        """Stores drawn tokens, each as the last known one of its slot; NOT_YET_KNOWN where only the device has it."""
         for slot, position, token_id in zip(slots, positions, token_ids, strict=True):
             self.tokens[slot, position] = token_id
             self._num_known[slot] = position + 1

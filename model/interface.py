@@ -19,6 +19,8 @@ from enum import StrEnum
 from typing import Protocol
 
 NO_LOGPROBS = -1
+CPU_BLOCK_SIZE = 16
+CPU_KV_CACHE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,8 @@ class RunnerShape:
     context_length: int
     vocab_size: int
     max_batch_tokens: int
+    runs_ahead: bool = False
+    """Whether `launch` returns before its step is done, so that it pays to launch the next one meanwhile."""
 
 
 class Runner(Protocol):
@@ -145,9 +149,10 @@ class Quantization(StrEnum):
 
 
 class Backend(StrEnum):
-    """What computes a step: the compiled kernels, or torch's operators."""
+    """What computes a step: a card, the kernels compiled for a CPU, or torch's operators."""
 
     AUTO = "auto"
+    GPU = "gpu"
     NATIVE = "native"
     TORCH = "torch"
 
@@ -160,11 +165,13 @@ class RunnerOptions:
     dtype: Dtype = Dtype.BFLOAT16
     quantization: Quantization = Quantization.NONE
     backend: Backend = Backend.AUTO
-    """AUTO is NATIVE where the kernels were built and take the model."""
+    """AUTO is GPU where torch has a card for it, else NATIVE where the kernels were built and take the model."""
     cpu_level: str | None = None
     """Instruction set level of the kernels; None for the fastest one that runs here."""
-    block_size: int = 16
-    kv_cache_bytes: int = 256 * 2**20
+    block_size: int | None = None
+    """None for what suits the backend: CPU_BLOCK_SIZE, and more on a card."""
+    kv_cache_bytes: int | None = None
+    """None for CPU_KV_CACHE_BYTES, on a card for what is free there."""
     num_blocks: int | None = None
     """Overrides kv_cache_bytes; tests use it for small pools."""
     max_num_seqs: int = 64
@@ -175,6 +182,8 @@ class RunnerOptions:
     """None for what the process may use, one less where that is four or more."""
     pins_threads: bool | None = None
     """Tie threads to CPUs; None does where num_threads is None, with four CPUs or more and no quota."""
+    captures_graphs: bool = True
+    """On a card, replay steps as CUDA graphs; otherwise each launches its kernels one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +201,12 @@ class ModelFacts:
     kv_bytes_per_token: int
     quantization: str
     backend: str
-    """What computes: "native", "torch"."""
+    """What computes: "gpu", "native", "torch"."""
     cpu_level: str
-    """The kernels' instruction set level; empty where torch computes."""
+    """The kernels' instruction set level; empty where none of the CPU's compute."""
     num_threads: int
+    card: str = ""
+    """The name of the card that computes."""
     default_temperature: float = 1.0
     default_top_k: int = 0
     default_top_p: float = 1.0

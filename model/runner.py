@@ -1,28 +1,33 @@
 """TorchRunner: builds a model from a directory, proves it ready, and computes steps on the CPU.
 
-It owns the parameters, the cache and the tables by slot. It does not know why rows were chosen or who asked.
+It owns the parameters, the cache and the tables by slot. It does not know why rows were chosen or who asked. On a card
+it is model/gpu/runner.py that builds a runner; `load_runner` leads there.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from model.backend import Assembled, Forward, assemble, choose_kernels
+from model.backend import Forward, assemble, choose_kernels, has_card
 from model.config import FAMILIES, ModelConfig, load_config
+from model.facts import facts_of, plan_shape
 from model.families.base import TensorMap
 from model.inputs import SlotTables
 from model.interface import (
+    CPU_BLOCK_SIZE,
+    CPU_KV_CACHE_BYTES,
     Admission,
     Backend,
     Batch,
     ModelFacts,
     Pending,
     Row,
+    Runner,
     RunnerOptions,
     RunnerShape,
     Sampled,
@@ -30,7 +35,6 @@ from model.interface import (
 )
 from model.kv_cache import affordable_blocks
 from model.malloc import large_pieces_given_back
-from model.native.library import Kernels
 from model.sampling import Sampler
 from model.threads import plan_threads
 from model.weights import Progress, load_weights
@@ -79,15 +83,24 @@ class TorchRunner:
         return Done(sampled)
 
 
-def load_runner(options: RunnerOptions, progress: Progress | None = None) -> tuple[TorchRunner, ModelFacts]:
+def load_runner(options: RunnerOptions, progress: Progress | None = None) -> tuple[Runner, ModelFacts]:
     """Loads, tests and warms up. Raises ValueError, in one line, for a directory or options that cannot be used."""
+    if options.backend is Backend.GPU or (options.backend is Backend.AUTO and has_card()):
+        # By name: the kernels' compiler is imported where they are used.
+        runner, facts = import_module("model.gpu.runner").load_device_runner(options, progress)
+        return runner, facts
+    return load_torch_runner(options, progress)
+
+
+def load_torch_runner(options: RunnerOptions, progress: Progress | None = None) -> tuple[TorchRunner, ModelFacts]:
+    """As `load_runner`, on the CPU."""
     threads = plan_threads(options.num_threads, options.pins_threads)
     torch.set_num_threads(threads.num_threads)
     config = load_config(Path(options.model_dir))
     shape = _plan_shape(config, options)
     tensor_map: TensorMap = import_module(FAMILIES[config.architecture]).tensor_map(config)
     dtype = getattr(torch, options.dtype.value)
-    kernels = choose_kernels(options.backend, options.cpu_level, config, dtype, options.block_size)
+    kernels = choose_kernels(options.backend, options.cpu_level, config, dtype, shape.block_size)
     if kernels is None and options.pins_threads:
         raise ValueError("pin_threads: only the native backend's threads can be tied to CPUs")
     if kernels is not None and threads.cpus:
@@ -102,7 +115,16 @@ def load_runner(options: RunnerOptions, progress: Progress | None = None) -> tup
         _logger.info("tensors not used: %s", ", ".join(weights.unused))
     runner = TorchRunner(model.forward, shape)
     warm_up(runner)
-    return runner, _facts(config, options, weights.digest, num_parameters, model, kernels)
+    return runner, facts_of(
+        config,
+        options,
+        digest=weights.digest,
+        num_parameters=num_parameters,
+        weight_bytes=model.transformer.num_bytes,
+        backend=Backend.TORCH if kernels is None else Backend.NATIVE,
+        num_threads=torch.get_num_threads(),
+        cpu_level="" if kernels is None else kernels.level,
+    )
 
 
 def warm_up(runner: TorchRunner) -> None:
@@ -122,48 +144,10 @@ def warm_up(runner: TorchRunner) -> None:
 
 
 def _plan_shape(config: ModelConfig, options: RunnerOptions) -> RunnerShape:
-    context_length = options.context_length or config.context_length
-    if context_length > config.context_length:
-        raise ValueError(f"context_length: the model's own is {config.context_length}, {context_length} is longer")
-    num_blocks = options.num_blocks
-    if num_blocks is None:
-        num_blocks = affordable_blocks(config, options.kv_cache_bytes, options.block_size, options.dtype)
-    return RunnerShape(
-        num_blocks=num_blocks,
-        block_size=options.block_size,
-        num_slots=options.max_num_seqs,
-        context_length=context_length,
-        vocab_size=config.vocab_size,
-        max_batch_tokens=options.max_batch_tokens,
-    )
-
-
-def _facts(
-    config: ModelConfig,
-    options: RunnerOptions,
-    digest: str,
-    num_parameters: int,
-    model: Assembled,
-    kernels: Kernels | None,
-) -> ModelFacts:
-    defaults = config.generation
-    return ModelFacts(
-        architecture=config.architecture,
-        digest=digest,
-        dtype=options.dtype.value,
-        context_length=options.context_length or config.context_length,
-        vocab_size=config.vocab_size,
-        eos_token_ids=config.eos_token_ids,
-        num_parameters=num_parameters,
-        weight_bytes=model.transformer.num_bytes,
-        kv_bytes_per_token=config.kv_bytes_per_token(options.dtype),
-        quantization=options.quantization.value,
-        backend=Backend.TORCH.value if kernels is None else Backend.NATIVE.value,
-        cpu_level="" if kernels is None else kernels.level,
-        num_threads=torch.get_num_threads(),
-        default_temperature=defaults.temperature,
-        default_top_k=defaults.top_k,
-        default_top_p=defaults.top_p,
-        default_repetition_penalty=defaults.repetition_penalty,
-        default_max_tokens=defaults.max_tokens,
-    )
+    block_size = options.block_size or CPU_BLOCK_SIZE
+    # The context is checked before the pool is made for it.
+    shape = plan_shape(config, options, num_blocks=options.num_blocks or 0, block_size=block_size)
+    if options.num_blocks is not None:
+        return shape
+    budget = CPU_KV_CACHE_BYTES if options.kv_cache_bytes is None else options.kv_cache_bytes
+    return replace(shape, num_blocks=affordable_blocks(config, budget, block_size, options.dtype))

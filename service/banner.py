@@ -58,7 +58,7 @@ def make(settings: Settings, hello: Hello, *, address: str, metrics_address: str
     rows = (
         ("model", f"{settings.served_name}: {facts.architecture}, {_count(facts.num_parameters)} parameters"),
         ("precision", f"{_precision(facts)}, weights {_bytes(facts.weight_bytes)}"),
-        ("backend", f"{facts.backend} {facts.cpu_level}".strip() + f", {facts.num_threads} threads"),
+        ("backend", _backend(facts)),
         ("context", f"{shape.context_length:,} tokens"),
         (
             "KV pool",
@@ -96,6 +96,13 @@ def _nearest(path: Path) -> str:
     """Relative to the current directory where it lies below."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _backend(facts: ModelFacts) -> str:
+    """What computes: a card by its name, or threads of a CPU."""
+    if facts.card:
+        return f"{facts.backend}, {facts.card}"
+    return f"{facts.backend} {facts.cpu_level}".strip() + f", {facts.num_threads} threads"
 
 
 def _precision(facts: ModelFacts) -> str:

@@ -47,8 +47,8 @@ class Settings(BaseModel):
     """Precision; auto is the checkpoint's own (bfloat16 for float16 checkpoints)."""
     quantize: Literal["none", "int8"] = "none"
     """Keep the weights of matrices as they are, or as 8-bit codes, multiplied with activations in 8 bits."""
-    backend: Literal["auto", "native", "torch"] = "auto"
-    """What computes: the compiled kernels, or torch, slowly; auto is the kernels where they were built."""
+    backend: Literal["auto", "gpu", "native", "torch"] = "auto"
+    """What computes: an NVIDIA card, the kernels compiled for the CPU, or torch, slowly; auto is the first there is."""
     cpu_level: Literal["auto", "v4_amx", "v4_bf16", "v4_vnni", "v4", "v3", "baseline"] = "auto"
     """Instruction set of the kernels; auto is this CPU's best one. Machines at one level use the same kernels."""
     threads: int | None = Field(None, ge=1, le=255)
@@ -57,14 +57,16 @@ class Settings(BaseModel):
     """Tie compute threads to CPUs; auto does where there are four or more, no quota, and threads is not set."""
     context_length: int | None = Field(None, ge=2)
     """Shorten the model's context, in tokens."""
-    block_size: int = Field(16, ge=16, le=256, multiple_of=16)
-    """Tokens per block of the key/value cache, a multiple of 16."""
-    kv_cache_mib: int = Field(256, ge=1)
-    """Size of the key/value pool in MiB."""
+    block_size: int | None = Field(None, ge=16, le=256, multiple_of=16)
+    """Tokens per block of the key/value cache, a multiple of 16; default: 16, on a card 64."""
+    kv_cache_mib: int | None = Field(None, ge=1)
+    """Size of the key/value pool in MiB; default: 256, on a card all that is free."""
     num_blocks: int | None = Field(None, ge=1)
     """Size of the key/value pool in blocks; overrides kv_cache_mib."""
     prefix_cache: bool = True
     """Reuse the keys and values of common prefixes."""
+    graphs: bool = True
+    """On a card, replay steps as CUDA graphs instead of launching their kernels one by one."""
     max_num_seqs: int = Field(64, ge=1, le=4096)
     """Sequences that run at the same time."""
     max_batch_tokens: int = Field(512, ge=1, le=65536)

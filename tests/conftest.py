@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -40,6 +41,16 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--cpu-level: this machine cannot execute {name!r}")
     library.runnable_levels = lambda: runnable  # type: ignore[assignment]
     os.environ["QUIRE_CPU_LEVEL"] = name
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    """Puts torch's number of threads back."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

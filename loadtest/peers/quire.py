@@ -19,6 +19,7 @@ from loadtest.server import running_server
 from loadtest.targets import Answer, EngineTarget, GrpcTarget
 from loadtest.timing import busy_seconds
 from loadtest.workloads import Work
+from model.interface import CPU_BLOCK_SIZE
 from service.config import Settings
 
 NAME = "quire"
@@ -36,7 +37,8 @@ UNHURRIED_MS = "1000"
 
 def best_settings(workload: str, batch: int) -> RunnerSettings:
     """The way, and what bears on speed: the server's own defaults, but for the inter-token target of W2 and W3."""
-    settings = {name: str(DEFAULTS[name]) for name in ("max_batch_tokens", "target_itl_ms", "block_size", "cpu_level")}
+    settings = {name: str(DEFAULTS[name]) for name in ("max_batch_tokens", "target_itl_ms", "cpu_level")}
+    settings["block_size"] = str(CPU_BLOCK_SIZE)
     if workload in ("W2", "W3"):
         settings["target_itl_ms"] = UNHURRIED_MS
     return {"way": "engine"} | settings

@@ -125,7 +125,7 @@ class PagedAttention:
         self._cuts = _cut_of(decode, heads), _cut_of(prefill, heads)
         capacity = work.capacity_of(*self._cuts, max_rows, max_tokens, max_context)
         self.work = torch.zeros(capacity.num_words, dtype=torch.int32, device=device)
-        """The plan that `attend` follows. A runner may bring it here by a copy of its own instead of `load`."""
+        """The plan that `attend` follows where it is given none. As long as a plan can be."""
         places = capacity.num_partials, heads.num_heads
         self._partials = torch.empty(*places, heads.head_dim, dtype=torch.float32, device=device)
         self._peaks = torch.empty(places, dtype=torch.float32, device=device)
@@ -160,6 +160,7 @@ class PagedAttention:
         sinks_H: Tensor | None = None,
         *,
         is_decode_only: bool = False,
+        plan: Tensor | None = None,
     ) -> None:
         """Attention of one layer, into `out_THD`; tokens of padding are not written.
 
@@ -167,7 +168,7 @@ class PagedAttention:
         contiguous [num_blocks, K, block_size, D]; `block_tables` int32 [R, blocks]; `out_THD` contiguous. All but the
         tables have one dtype and begin at multiples of 16 bytes. `sinks_H` float32 [H] are logits that take part in the
         sums of the softmax only. `is_decode_only` leaves out the launch for rows of more than one token: none may be in
-        the plan.
+        the plan. `plan` is where one lies that the caller has brought to the device; without it, `load` has.
         """
         heads = self._heads
         assert q_THD.stride()[1:] == (heads.head_dim, 1) and block_tables.stride(1) == 1
@@ -176,6 +177,7 @@ class PagedAttention:
         has_sinks = sinks_H is not None
         sinks = self._totals if sinks_H is None else sinks_H
         partials = self._partials, self._peaks, self._totals
+        plan = self.work if plan is None else plan
         for is_prefill, tile in enumerate((self._decode,) if is_decode_only else (self._decode, self._prefill)):
             attend_items[(self._num_programs,)](
                 q_THD,
@@ -183,7 +185,7 @@ class PagedAttention:
                 v_cache,
                 block_tables,
                 sinks,
-                self.work,
+                plan,
                 out_THD,
                 *partials,
                 q_THD.stride(0),
@@ -194,7 +196,7 @@ class PagedAttention:
             )
         if len(self._peaks):
             merge_splits[(self._num_programs,)](
-                sinks, self.work, out_THD, *partials, **_merge_constants_of(heads, has_sinks), num_warps=MERGE_WARPS
+                sinks, plan, out_THD, *partials, **_merge_constants_of(heads, has_sinks), num_warps=MERGE_WARPS
             )
 
 

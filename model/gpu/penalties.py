@@ -73,23 +73,37 @@ class Changes:
         )
 
     def admit(self, slot: int, admission: Admission) -> None:
-        """Takes what the sequence that has just got this slot asks for; what the one before did is forgotten."""
+        """Takes what the sequence that has just got this slot asks for, waiting for the device.
+
+        What the one before did is forgotten.
+        """
         sampling, device = admission.sampling, self.counts_SV.device
-        self.repetition_S[slot] = max(sampling.repetition_penalty, SMALLEST)
-        self.presence_S[slot] = sampling.presence_penalty
-        self.frequency_S[slot] = sampling.frequency_penalty
+        tables = self.repetition_S, self.presence_S, self.frequency_S, self.ban_until_S
+        for table_S, value in zip(tables, change_values(admission), strict=True):
+            table_S[slot] = value
         self.bias_ids_SB[slot] = NOTHING
         self.end_ids_SE[slot] = NOTHING
-        self.ban_until_S[slot] = admission.num_prompt + admission.min_new_tokens
         ids, biases = [token_id for token_id, _ in sampling.logit_bias], [bias for _, bias in sampling.logit_bias]
         self.bias_ids_SB[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32, device=device)
         self.biases_SB[slot, : len(ids)] = torch.tensor(biases, dtype=torch.float32, device=device)
         ends = torch.tensor(admission.end_token_ids, dtype=torch.int32, device=device)
         self.end_ids_SE[slot, : len(ends)] = ends
-        known = torch.tensor(admission.token_ids, dtype=torch.int64, device=device)
-        prompt, output = known[: admission.num_prompt], known[admission.num_prompt :]
-        self.in_prompt_SV[slot].zero_().index_fill_(0, prompt, 1)
+        self.count_known(
+            slot, torch.tensor(admission.token_ids, dtype=torch.int64, device=device), admission.num_prompt
+        )
+
+    def count_known(self, slot: int, token_ids: Tensor, num_prompt: int) -> None:
+        """Counts a sequence's known tokens (int64, on the device) anew."""
+        output = token_ids[num_prompt:]
+        self.in_prompt_SV[slot].zero_().index_fill_(0, token_ids[:num_prompt], 1)
         self.counts_SV[slot].zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+
+
+def change_values(admission: Admission) -> tuple[float, float, float, int]:
+    """What a slot's tables hold for a sequence: repetition, presence and frequency penalty, ban_until."""
+    sampling, may_end = admission.sampling, admission.num_prompt + admission.min_new_tokens
+    repetition = max(sampling.repetition_penalty, SMALLEST)
+    return repetition, sampling.presence_penalty, sampling.frequency_penalty, may_end
 
 
 @triton.jit
@@ -125,9 +139,9 @@ def ban_and_bias_kernel(
     biases = tl.load(biases_ptr + slot * NUM_BIASES + column, mask=is_biased, other=0.0)
     scores = tl.load(row_ptr + bias_ids, mask=is_biased, other=0.0) + biases
     # A token may be both biased and banned. Whichever of the two stores comes last, it stores the same.
-    for i in range(NUM_ENDS):
+    for i in range(tl.where(is_banning, NUM_ENDS, 0)):
         end_id = tl.load(end_ids_ptr + slot * NUM_ENDS + i)
-        is_banned = is_banning & (end_id >= 0)
+        is_banned = end_id >= 0
         scores = tl.where(is_banned & (bias_ids == end_id), forbid(scores), scores)
         banned = tl.load(row_ptr + end_id, mask=is_banned, other=0.0)
         tl.store(row_ptr + end_id, forbid(banned), mask=is_banned)
@@ -171,7 +185,7 @@ def penalize_kernel(
     tl.store(row_ptr + ids, scores, mask=is_token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def count_kernel(slots_ptr, token_ids_ptr, counts_ptr, num_rows, VOCAB_SIZE: tl.constexpr, TILE: tl.constexpr):
     """One program per TILE rows, whose slots are distinct."""
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)

@@ -76,14 +76,20 @@ class DrawParameters:
         )
 
     def admit(self, slot: int, sampling: Sampling) -> None:
-        """Takes the parameters of the sequence that has just got this slot."""
-        # A temperature below float32's range still means "almost greedy", not a division by zero.
-        self.temperature_S[slot] = max(sampling.temperature, SMALLEST) if sampling.temperature > 0 else 0.0
-        self.top_k_S[slot] = min(sampling.top_k or self.vocab_size, self.vocab_size)
-        self.top_p_S[slot] = sampling.top_p
-        self.min_p_S[slot] = sampling.min_p
-        for word, value in enumerate(split_seed(sampling.seed)):
-            self.key_S2[slot, word] = value
+        """Takes the parameters of the sequence that has just got this slot, waiting for the device."""
+        tables = self.temperature_S, self.top_k_S, self.top_p_S, self.min_p_S
+        *values, key = draw_values(sampling, self.vocab_size)
+        for table_S, value in zip(tables, values, strict=True):
+            table_S[slot] = value
+        self.key_S2[slot] = torch.tensor(key)
+
+
+def draw_values(sampling: Sampling, vocab_size: int) -> tuple[float, int, float, float, tuple[int, int]]:
+    """What a slot's tables hold for a sequence: temperature, top_k, top_p, min_p, key."""
+    # A temperature below float32's range still means "almost greedy", not a division by zero.
+    temperature = max(sampling.temperature, SMALLEST) if sampling.temperature > 0 else 0.0
+    top_k = min(sampling.top_k or vocab_size, vocab_size)
+    return temperature, top_k, sampling.top_p, sampling.min_p, split_seed(sampling.seed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,12 @@ A row of one query token is decode, any other is prefill. Rows without tokens or
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+Ints = NDArray[np.integer[Any]]
 
 HEADER_SIZE = 8
 ITEM_SIZE = 8
@@ -83,56 +85,86 @@ def plan_work(
 
     Row r brings the query tokens [query_starts[r], query_starts[r + 1]), the last of its context_lens[r] positions.
     """
-    counts = np.diff(query_starts)
+    starts, counts = query_starts[:-1], query_starts[1:] - query_starts[:-1]
     is_live = (counts > 0) & (context_lens > 0)
     assert (counts <= context_lens)[is_live].all()
-    spans = query_starts[:-1], counts, context_lens
-    decode_items, decode_merges = _cut_rows(np.flatnonzero(is_live & (counts == 1)), *spans, decode, first_place=0)
+    rows, longer = (is_live & (counts == 1)).nonzero()[0], (is_live & (counts > 1)).nonzero()[0]
+    tiles = Tiles(rows, starts[rows], np.ones_like(rows), context_lens[rows] - 1)
+    decode_items, decode_merges = _split(tiles, decode, first_place=0)
     first_place = int(decode_merges[:, 2].sum())
-    prefill_items, prefill_merges = _cut_rows(np.flatnonzero(is_live & (counts > 1)), *spans, prefill, first_place)
+    tiles = _cut_rows(longer, starts, counts, context_lens, prefill.num_queries)
+    prefill_items, prefill_merges = _split(tiles, prefill, first_place)
     header = np.zeros(HEADER_SIZE, np.int32)
     header[:3] = len(decode_items), len(prefill_items), len(decode_merges) + len(prefill_merges)
     parts = header, decode_items, prefill_items, decode_merges, prefill_merges
-    return np.concatenate([part.ravel() for part in parts], dtype=np.int32, casting="same_kind")
+    return np.concatenate([part.ravel() for part in parts])
 
 
-def _cut_rows(
-    rows: NDArray[np.int64],
-    starts: NDArray[np.int32],
-    counts: NDArray[np.int32],
-    context_lens: NDArray[np.int32],
-    cut: Cut,
-    first_place: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The items and merges of some rows; their partial results lie from `first_place` on."""
-    if not len(rows):  # as in most steps, for one of the kinds
-        return np.empty((0, ITEM_SIZE), np.int64), np.empty((0, MERGE_SIZE), np.int64)
-    row, before = _expand(-(-counts[rows] // cut.num_queries))
-    row, before = rows[row], before * cut.num_queries  # of each tile: its row, and the row's query tokens before it
-    num_queries = np.minimum(cut.num_queries, counts[row] - before)
-    first_query, first_position = starts[row] + before, context_lens[row] - counts[row] + before
-    kv_hi = first_position + num_queries
-    kv_lo = np.zeros_like(kv_hi) if cut.window is None else np.maximum(0, first_position - cut.window + 1)
+def name_sequences(plan: NDArray[np.int32], names_R: NDArray[np.integer[Any]]) -> None:
+    """Has a plan call its sequences not by their rows, but by these numbers, such as slots: block tables lie there."""
+    num_items = int(plan[0] + plan[1])
+    items = plan[HEADER_SIZE : HEADER_SIZE + num_items * ITEM_SIZE].reshape(-1, ITEM_SIZE)
+    items[:, 0] = names_R[items[:, 0]]
+
+
+class Tiles(NamedTuple):
+    """Query tokens that are computed together, tile by tile."""
+
+    row: Ints
+    first_query: Ints
+    num_queries: Ints
+    first_position: Ints
+
+
+def _cut_rows(rows: Ints, starts: Ints, counts: Ints, context_lens: Ints, most: int) -> Tiles:
+    """The tiles of some rows, of at most so many query tokens."""
+    if not len(rows):  # as in most steps
+        return Tiles(rows, rows, rows, rows)
+    owner, place = _expand(-(-counts[rows] // most))
+    row, before = rows[owner], place * most
+    return Tiles(
+        row,
+        first_query=starts[row] + before,
+        num_queries=np.minimum(most, counts[row] - before),
+        first_position=context_lens[row] - counts[row] + before,
+    )
+
+
+def _split(tiles: Tiles, cut: Cut, first_place: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The items and merges of some tiles; their partial results lie from `first_place` on."""
+    if not len(tiles.row):
+        return np.empty((0, ITEM_SIZE), np.int32), np.empty((0, MERGE_SIZE), np.int32)
+    kv_hi = tiles.first_position + tiles.num_queries
+    kv_lo = np.zeros_like(kv_hi) if cut.window is None else np.maximum(0, tiles.first_position - cut.window + 1)
     first_split = kv_lo // cut.split
     num_splits = -(-kv_hi // cut.split) - first_split
-    num_places = np.where(num_splits > 1, num_queries * num_splits, 0)
-    base = first_place + np.cumsum(num_places) - num_places
+    num_places = tiles.num_queries * num_splits * (num_splits > 1)
+    base = first_place + num_places.cumsum() - num_places
 
     tile, split = _expand(num_splits)
     border = (first_split[tile] + split) * cut.split
     lo, hi = np.maximum(kv_lo[tile], border), np.minimum(kv_hi[tile], border + cut.split)
-    of_tile = np.stack([row, first_query, num_queries, first_position], axis=1)[tile]
-    items = np.column_stack([of_tile, lo, hi, base[tile] + split, num_splits[tile]])
-    items = items[np.argsort(lo - hi, kind="stable")]  # the longest first: programs that take turns end together
+    order = (lo - hi).argsort(kind="stable")  # the longest first: programs that take turns end together
+    of_tile, place = (column[tile] for column in tiles), base[tile] + split
+    items = _columns(*of_tile, lo, hi, place, num_splits[tile])[order]
+    if not num_places.any():
+        return items, np.empty((0, MERGE_SIZE), np.int32)
 
-    tile, query = _expand(np.where(num_splits > 1, num_queries, 0))
+    tile, query = _expand(tiles.num_queries * (num_splits > 1))
     places = base[tile] + query * num_splits[tile]
-    merges = np.column_stack([first_query[tile] + query, places, num_splits[tile], np.zeros_like(places)])
-    return items, merges
+    return items, _columns(tiles.first_query[tile] + query, places, num_splits[tile], np.zeros_like(places))
+
+
+def _columns(*columns: Ints) -> NDArray[np.int32]:
+    """As column_stack, which takes several times as long for small ones."""
+    table = np.empty((len(columns[0]), len(columns)), np.int32)
+    for place, column in enumerate(columns):
+        table[:, place] = column
+    return table
 
 
 def _expand(counts: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For counts (2, 0, 3): whose each of the five is, (0, 0, 2, 2, 2), and its place there, (0, 1, 0, 1, 2)."""
-    ends = np.cumsum(counts)
-    owners = np.repeat(np.arange(len(counts)), counts)
-    return owners, np.arange(len(owners)) - np.repeat(ends - counts, counts)
+    owners = np.arange(len(counts)).repeat(counts)
+    before = counts.cumsum() - counts
+    return owners, np.arange(len(owners)) - before[owners]

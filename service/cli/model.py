@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from model.info import ModelInfo, cpu_levels, load_info
-from model.interface import Dtype, Quantization
+from model.info import ModelInfo, cards, cpu_levels, load_info
+from model.interface import CPU_BLOCK_SIZE, CPU_KV_CACHE_BYTES, Dtype, Quantization
 from service.cli.parser import positive_int
-from service.config import BUILT_IN_MODEL, Settings
+from service.config import BUILT_IN_MODEL
 from service.errors import StartupError
 
 MIB = 2**20
@@ -18,17 +18,14 @@ MIB = 2**20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    defaults = {name: field.default for name, field in Settings.model_fields.items()}
     info = parser.add_subparsers(dest="action", metavar="ACTION", required=True).add_parser(
         "info", prog="quire model info", help="describe a model directory", description=__doc__
     )
     info.add_argument("directory", nargs="?", type=Path, metavar="DIR", default=BUILT_IN_MODEL, help="[built-in model]")
     info.add_argument(
-        "--kv-cache-mib", type=positive_int, metavar="N", default=defaults["kv_cache_mib"], help="[%(default)s]"
+        "--kv-cache-mib", type=positive_int, metavar="N", default=CPU_KV_CACHE_BYTES // MIB, help="[%(default)s]"
     )
-    info.add_argument(
-        "--block-size", type=positive_int, metavar="N", default=defaults["block_size"], help="[%(default)s]"
-    )
+    info.add_argument("--block-size", type=positive_int, metavar="N", default=CPU_BLOCK_SIZE, help="[%(default)s]")
     info.add_argument("--context-length", type=positive_int, metavar="N", help="tokens per sequence [the model's own]")
     info.add_argument("--quantize", choices=list(Quantization), type=Quantization, default=Quantization.NONE)
     info.add_argument("--dtype", choices=list(Dtype), type=Dtype, help="[the checkpoint's own]")
@@ -69,6 +66,7 @@ def _facts(info: ModelInfo, arguments: argparse.Namespace) -> dict[str, Any]:
         "context_length": context_length,
         "dtype": str(dtype),
         "quantization": str(quantization),
+        "cards": cards(),
         "cpu_levels": cpu_levels(),
         "parameters": {str(kind): count for kind, count in info.parameters.items()},
         "num_parameters": info.num_parameters,
@@ -98,7 +96,7 @@ def _print_tables(facts: dict[str, Any], directory: Path) -> None:
         f"{facts['num_layers']} layers of width {facts['hidden_size']:,}, {facts['num_heads']} heads of "
         f"{facts['head_dim']} ({facts['num_kv_heads']} key/value), MLP {facts['intermediate_size']:,}"
     )
-    levels, is_coded = facts["cpu_levels"], facts["quantization"] != Quantization.NONE
+    is_coded = facts["quantization"] != Quantization.NONE
     precision = f"{facts['quantization']} and {facts['dtype']}" if is_coded else facts["dtype"]
     # Some kernels keep bfloat16 in 12 bits, as far as its values allow.
     most = "at most " if precision == Dtype.BFLOAT16 else ""
@@ -110,10 +108,7 @@ def _print_tables(facts: dict[str, Any], directory: Path) -> None:
         ("vocabulary", f"{facts['vocab_size']:,} tokens"),
         ("context", f"{facts['context_length']:,} tokens"),
         ("weights", f"{most}{_size(facts['weight_bytes'])} in {precision}, {_size(facts['file_bytes'])} on disk"),
-        (
-            "kernels here",
-            f"for {levels[0]}" if levels else "not built: torch computes, slowly",
-        ),
+        ("backend here", _backend(facts)),
         ("keys and values", per_token),
     ]
     overview, matrices, fits = Table.grid(padding=(0, 2)), Table(box=None), Table(box=None)
@@ -133,6 +128,13 @@ def _print_tables(facts: dict[str, Any], directory: Path) -> None:
     for table in (overview, matrices, fits):
         console.print(table)
         console.print()
+
+
+def _backend(facts: dict[str, Any]) -> str:
+    """What a server here would compute with, as far as can be told without torch."""
+    if facts["cards"]:
+        return f"gpu, {facts['cards'][0]}"
+    return f"native {facts['cpu_levels'][0]}" if facts["cpu_levels"] else "torch, slowly: no kernels were built"
 
 
 def _size(num_bytes: int) -> str:

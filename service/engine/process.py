@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from model.interface import Backend, Dtype, ModelFacts, Quantization, Runner, RunnerOptions
+from model.interface import Backend, Dtype, ModelFacts, Quantization, Runner, RunnerOptions, RunnerShape
 from service import logs
 from service.config import Settings, let_waiting_threads_sleep
 from service.engine.engine import Engine, EngineOptions
@@ -59,20 +59,21 @@ def runner_options(settings: Settings) -> RunnerOptions:
         backend=Backend(settings.backend),
         cpu_level=None if settings.cpu_level == "auto" else settings.cpu_level,
         block_size=settings.block_size,
-        kv_cache_bytes=settings.kv_cache_mib * 2**20,
+        kv_cache_bytes=None if settings.kv_cache_mib is None else settings.kv_cache_mib * 2**20,
         num_blocks=settings.num_blocks,
         max_num_seqs=settings.max_num_seqs,
         max_batch_tokens=settings.max_batch_tokens,
         context_length=settings.context_length,
         num_threads=settings.threads,
         pins_threads=None if settings.pin_threads == "auto" else settings.pin_threads == "on",
+        captures_graphs=settings.graphs,
     )
 
 
-def engine_options(settings: Settings) -> EngineOptions:
-    """What the settings mean to the loop."""
+def engine_options(settings: Settings, shape: RunnerShape) -> EngineOptions:
+    """What the settings mean to the loop over a runner of this shape."""
     return EngineOptions(
-        depth=0,
+        depth=1 if shape.runs_ahead else 0,
         prefix_cache=settings.prefix_cache,
         target_itl_seconds=settings.target_itl_ms / 1000,
     )
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str], load: Load = load_model) -> int:
     except (ValueError, StartupError) as error:
         print(f"quire: error: {error}", file=sys.stderr)
         return EXIT_USER_MISTAKE
-    engine = Engine(runner, engine_options(settings))
+    engine = Engine(runner, engine_options(settings, runner.shape))
     # What was loaded stays: collections that walk it would only pause steps.
     gc.collect()
     gc.freeze()

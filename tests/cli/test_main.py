@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from model.info import load_info
+from model.info import cards, load_info
 from service import logs, supervisor
 from service.cli.main import COMMANDS, main
 from service.config import BUILT_IN_MODEL, Settings
@@ -114,7 +114,7 @@ def test_every_setting_is_a_flag(served: Served, capsys: Capture) -> None:
         "model": "/m", "model_name": "n", "host": "localhost", "port": 1, "insecure": True, "metrics_host": "localhost",
         "metrics_port": 2, "reflection": False, "dtype": "float32", "quantize": "int8", "backend": "torch",
         "cpu_level": "v3", "threads": 3, "pin_threads": "on", "context_length": 4, "block_size": 32,
-        "kv_cache_mib": 6, "num_blocks": 7, "prefix_cache": False,
+        "kv_cache_mib": 6, "num_blocks": 7, "prefix_cache": False, "graphs": False,
         "max_num_seqs": 8, "max_batch_tokens": 9, "target_itl_ms": 10.5, "max_waiting_requests": 11,
         "max_waiting_tokens": 12, "default_deadline_seconds": 13.0, "max_deadline_seconds": 14.0,
         "reader_stall_seconds": 15.0, "lame_duck_seconds": 16.0, "drain_seconds": 17.0, "engine_timeout_seconds": 18.0,
@@ -197,6 +197,7 @@ def test_model_info_as_json(capsys: Capture) -> None:
     # The embedding is there twice: as it is, to look tokens up, and packed, for the logits.
     assert facts["weight_bytes"] == 4 * (facts["num_parameters"] + config["vocab_size"] * config["hidden_size"])
     assert facts["cpu_levels"][-1] == "baseline"
+    assert facts["cards"] == cards()
     # K and V of each layer and head, 4 bytes each; 100 tokens take 7 blocks of 16.
     per_layer = 2 * config["num_key_value_heads"] * config["head_dim"] * 4
     assert facts["kv_bytes_per_token"] == config["num_hidden_layers"] * per_layer

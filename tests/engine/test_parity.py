@@ -23,7 +23,15 @@ from tests.model.test_parity import NEAR_TIE, load_theirs, their_logits
 NUM_PROMPTS = 64
 NUM_NEW = 16
 CHUNKS = range(1, 65)
-RUNNER = RunnerOptions(str(BUILT_IN_MODEL), Dtype.FLOAT32, num_blocks=6000, max_num_seqs=NUM_PROMPTS, num_threads=2)
+BLOCK_SIZE = 16
+RUNNER = RunnerOptions(
+    str(BUILT_IN_MODEL),
+    Dtype.FLOAT32,
+    block_size=BLOCK_SIZE,
+    num_blocks=6000,
+    max_num_seqs=NUM_PROMPTS,
+    num_threads=2,
+)
 
 Prompts = Sequence[list[int]]
 Tokens = dict[int, list[int]]
@@ -107,7 +115,7 @@ def test_warm_prefix_cache(prompts: Prompts, expected: Tokens) -> None:
     run_to_end(engine, warm)
     assert cold.tokens == warm.tokens == expected
     for index, prompt in enumerate(prompts):
-        assert warm.starts[index].num_cached == (len(prompt) - 1) // RUNNER.block_size * RUNNER.block_size
+        assert warm.starts[index].num_cached == (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from service.engine.heartbeat import ALIVE, BEAT_SECONDS, READY, Heartbeat
 from service.engine.messages import FinishCode
 from service.engine.process import engine_options, runner_options
 from service.engine.progress import LoadProgress
-from tests.engine.fake_runner import expected_tokens
+from tests.engine.fake_runner import SHAPE, expected_tokens
 from tests.engine.ledger import make_submit
 from tests.engine.served import Recorder, until
 
@@ -164,6 +165,7 @@ def test_settings_reach_the_runner_and_the_loop() -> None:
         context_length=77,
         threads=2,
         prefix_cache=False,
+        graphs=False,
         target_itl_ms=50,
     )
     options = runner_options(settings)
@@ -175,8 +177,11 @@ def test_settings_reach_the_runner_and_the_loop() -> None:
     assert runner_options(Settings(dtype="float32")).dtype is Dtype.FLOAT32
     by_itself = runner_options(Settings())
     assert (by_itself.cpu_level, by_itself.num_threads, by_itself.pins_threads) == (None, None, None)
-    loop = engine_options(settings)
+    assert (options.captures_graphs, by_itself.captures_graphs) == (False, True)
+    assert (by_itself.block_size, by_itself.kv_cache_bytes) == (None, None)
+    loop = engine_options(settings, SHAPE)
     assert (loop.depth, loop.prefix_cache, loop.target_itl_seconds) == (0, False, 0.05)
+    assert engine_options(settings, replace(SHAPE, runs_ahead=True)).depth == 1
 
 
 @pytest.mark.parametrize(

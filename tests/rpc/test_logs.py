@@ -88,6 +88,19 @@ def test_text_lines_quote_what_could_be_taken_for_more():
 
 
 @pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ({}, "native v3, 2 threads"),
+        ({"backend": "torch", "cpu_level": ""}, "torch, 2 threads"),
+        ({"backend": "gpu", "cpu_level": "", "card": "NVIDIA H200"}, "gpu, NVIDIA H200"),
+    ],
+)
+def test_the_banner_says_what_computes(facts: dict[str, object], told: str) -> None:
+    made = banner.make(Settings(), hello(**facts), address="h:1", metrics_address="h:2", has_chat=False)  # type: ignore[arg-type]
+    assert dict(made.facts)["backend"] == told
+
+
+@pytest.mark.parametrize(
     ("address", "where"),
     [
         ("127.0.0.1:50051", ""),
