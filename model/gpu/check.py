@@ -37,7 +37,13 @@ from triton.compiler import ASTSource
 
 from model.gpu.variant import Variant
 
-MODULES = ("model.gpu.attention", "model.gpu.operators", "model.gpu.penalties", "model.gpu.sampler")
+MODULES = (
+    "model.gpu.attention",
+    "model.gpu.matmul",
+    "model.gpu.operators",
+    "model.gpu.penalties",
+    "model.gpu.sampler",
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 MAX_REGISTERS = 255
