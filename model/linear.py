@@ -198,8 +198,8 @@ def cancelling_rows(weight_OI: Tensor, bias_O: Tensor | None, num_rows: int) -> 
     """
     num_outputs, num_inputs = weight_OI.shape
     generator = torch.Generator().manual_seed(0)
-    x_MI = torch.randn(num_rows, num_inputs, generator=generator).to(weight_OI.dtype)
-    targets_M = torch.arange(num_rows) * num_outputs // num_rows
+    x_MI = torch.randn(num_rows, num_inputs, generator=generator).to(weight_OI)
+    targets_M = torch.arange(num_rows, device=weight_OI.device) * num_outputs // num_rows
     w_MI = weight_OI[targets_M].double()
     bias_M1 = 0.0 if bias_O is None else bias_O[targets_M].double().unsqueeze(1)
     pivots = w_MI.abs().topk(min(3, num_inputs), dim=1).indices
@@ -210,11 +210,11 @@ def cancelling_rows(weight_OI: Tensor, bias_O: Tensor | None, num_rows: int) -> 
     return x_MI
 
 
-def holds(linear: Linear, x_MI: Tensor) -> bool:
+def holds(linear: Product, x_MI: Tensor) -> bool:
     """Whether the rows of a sample have the same bits in calls of various sizes, wherever the call starts."""
     expected_MO = linear(x_MI)
     most = x_MI.shape[0]
-    for num_rows in (count for count in (*TEST_COUNTS, most - 1) if count < most):
+    for num_rows in (count for count in (*TEST_COUNTS, most - 1) if 0 < count < most):
         for start in range(0, most - num_rows + 1, max(1, (most - num_rows) * num_rows // TEST_WINDOWS)):
             rows = slice(start, start + num_rows)
             if not torch.equal(linear(x_MI[rows].clone()), expected_MO[rows]):

@@ -37,7 +37,14 @@ from triton.compiler import ASTSource
 
 from model.gpu.variant import Variant
 
-MODULES = ("model.gpu.attention", "model.gpu.operators", "model.gpu.penalties", "model.gpu.sampler", "model.gpu.slots")
+MODULES = (
+    "model.gpu.attention",
+    "model.gpu.matmul",
+    "model.gpu.operators",
+    "model.gpu.penalties",
+    "model.gpu.sampler",
+    "model.gpu.slots",
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 MAX_REGISTERS = 255

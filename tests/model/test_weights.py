@@ -1,4 +1,4 @@
-"""Streaming checkpoints into parameters, and refusing unsound ones."""
+"""Streaming checkpoints into parameters, and refusing unsound ones: tensor by tensor, and by several readers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,43 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model import digest
 from model.config import FAMILIES, load_config
+from model.families.base import TensorMap
+from model.gpu.loading import load_onto
 from model.weights import LoadedWeights, Progress, load_weights
 from tests.model.checkpoints import write_checkpoint
 
 WEIGHTS = "model.safetensors"
+SMALL_PIECE = 1001
+"""Bytes of a piece that cuts tensors, headers and elements."""
+
+
+def load_by_readers(
+    directory: Path, tensor_map: TensorMap, dtype: torch.dtype, progress: Progress | None
+) -> LoadedWeights:
+    return load_onto(directory, tensor_map, dtype, torch.device("cpu"), progress, num_readers=3)
+
+
+LOADERS = {
+    "one by one": (load_weights, SMALL_PIECE),
+    "by readers": (load_by_readers, digest.PIECE_BYTES),
+    "by readers, small pieces": (load_by_readers, SMALL_PIECE),
+}
+chosen = load_weights
+
+
+@pytest.fixture(autouse=True, params=LOADERS)
+def _loader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test is run with each loader."""
+    loader, piece_bytes = LOADERS[request.param]
+    monkeypatch.setattr(digest, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("tests.model.test_weights.chosen", loader)
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32, progress: Progress | None = None) -> LoadedWeights:
     config = load_config(directory)
-    return load_weights(directory, import_module(FAMILIES[config.architecture]).tensor_map(config), dtype, progress)
+    return chosen(directory, import_module(FAMILIES[config.architecture]).tensor_map(config), dtype, progress)
 
 
 def edit(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
