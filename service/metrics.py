@@ -104,7 +104,8 @@ class QuickHistogram(Collector):
         There is one series, or one for each of the `values` of a label.
         """
         self._family = name, text, [label] if label else []
-        self._series = {labels: QuickSeries(bounds) for labels in ([(value,) for value in values] or [()])}
+        keys: list[tuple[str, ...]] = [(value,) for value in values] or [()]
+        self._series = {labels: QuickSeries(bounds) for labels in keys}
         registry.register(self)
 
     def series(self, *labels: str) -> QuickSeries:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -30,10 +29,11 @@ from loadtest.gpu.measure import (
     relative_error,
     unwritten,
 )
-from loadtest.gpu.parts import is_importable
 from loadtest.gpu.records import PartOptions, parse_part
 from loadtest.gpu.shapes import Matrix, matrices_of, names_of, shape_of
 from loadtest.roofline import MachineRates
+from model.gpu.products import Product, forbid_split_sums, library_product
+from model.gpu.products import candidates as all_candidates
 
 NUM_ROWS = (1, 8, 32, 64, 128, 256)
 PROMPT_ROWS = 8192
@@ -48,11 +48,6 @@ LEAST_SECONDS = 5.0
 """With less left, no matrix is begun."""
 BASELINE = "torch"
 """torch's product as it chooses, splits of the inputs and all: what others are compared with."""
-OURS = "model.gpu.products"
-"""Where the candidates come from, if it is there."""
-
-Product = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
-"""As model.gpu.products has it: x_MI, weight_OI, bias_O or None, out_MO."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,38 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = names_of(options.is_dry)
     steps = {name: Steps(options, name) for name in models}
     is_sound = [steps[name].measure({BASELINE: library_product}) for name in models]
-    found = candidates(options.is_dry)
-    if found:
-        # For all of the process: torch's own came first.
-        import_module(OURS).forbid_split_sums(open_device(options.is_dry))
-        is_sound += [steps[name].measure(found) for name in models]
+    forbid_split_sums(open_device(options.is_dry))  # for all of the process: torch's own came first
+    is_sound += [steps[name].measure(candidates(options.is_dry)) for name in models]
     return 0 if all(is_sound) else 1
 
 
 def candidates(is_dry: bool) -> dict[str, Product]:
     """What a runner may choose between, by name; of a dry run, in which kernels are slow, the first and the last."""
-    if not is_importable(OURS):
-        return {}
-    found = [(each.name, each.product) for each in import_module(OURS).candidates()]
+    found = [(each.name, each.product) for each in all_candidates()]
     return dict([found[0], found[-1]] if is_dry else found)
-
-
-def library_product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_MO: Tensor) -> None:
-    """torch's, as it chooses."""
-    if out_MO.dtype is not x_MI.dtype:
-        multiply_to_float32(x_MI, weight_OI, out_MO)
-    elif bias_O is None:
-        torch.mm(x_MI, weight_OI.T, out=out_MO)
-    else:
-        torch.addmm(bias_O, x_MI, weight_OI.T, out=out_MO)
-
-
-def multiply_to_float32(x_MI: Tensor, weight_OI: Tensor, out_MO: Tensor) -> None:
-    """Sums that are not rounded to the inputs' dtype, as logits are."""
-    if x_MI.is_cuda:
-        torch.mm(x_MI, weight_OI.T, out_dtype=out_MO.dtype, out=out_MO)
-    else:
-        out_MO.copy_(x_MI.float() @ weight_OI.float().T)
 
 
 def compilations() -> Iterator[Call]:

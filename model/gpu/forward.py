@@ -12,7 +12,7 @@ Shape letters:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,25 +22,8 @@ from model.config import ModelConfig
 from model.gpu.attention import PagedAttention
 from model.gpu.inputs import TokenInputs
 from model.gpu.operators import add_rms_norm, embed, gated_mul, gather_rows, rotate_and_write
+from model.gpu.products import Product, Use
 from model.rotary import RotaryTables
-
-Product = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
-"""Of x [M, I], weight [O, I] and bias [O] or None: x W^T + b goes to the fourth [M, O], rounded once, to its dtype."""
-
-
-def multiply(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_MO: Tensor) -> None:
-    """A Product: torch's own. Its bits may depend on the number of rows."""
-    if out_MO.dtype is x_MI.dtype:
-        if bias_O is None:
-            torch.mm(x_MI, weight_OI.t(), out=out_MO)
-        else:
-            torch.addmm(bias_O, x_MI, weight_OI.t(), out=out_MO)
-    elif x_MI.is_cuda:
-        assert bias_O is None, "products in another dtype have no bias"
-        torch.mm(x_MI, weight_OI.t(), out_dtype=out_MO.dtype, out=out_MO)
-    else:
-        y_MO = x_MI.to(out_MO.dtype) @ weight_OI.to(out_MO.dtype).t()
-        out_MO.copy_(y_MO if bias_O is None else y_MO + bias_O)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +56,13 @@ class Parameters:
         self.norm_E = parameters.pop("norm")
         self.unembedding_VE = parameters.pop("unembedding", self.embedding_VE)
         assert not parameters, f"parameters without a use: {sorted(parameters)}"
+
+    def uses(self, max_wanted: int) -> Iterator[Use]:
+        """All products, for the choice of how they are computed; logits are of at most so many rows."""
+        for layer in self.layers:
+            for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                yield Use(matrix.weight_OI, matrix.bias_O)
+        yield Use(self.unembedding_VE, out_dtype=torch.float32, max_rows=max_wanted)
 
 
 def _take_layer(parameters: dict[str, Tensor], prefix: str) -> Layer:

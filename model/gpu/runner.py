@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from model.backend import find_card_fault
 from model.config import FAMILIES, ModelConfig, load_config
@@ -22,9 +22,11 @@ from model.families.base import TensorMap
 from model.gpu.attention import Heads, PagedAttention
 from model.gpu.device import CudaDevice, Device
 from model.gpu.device_runner import DeviceRunner
-from model.gpu.forward import DeviceCache, Forward, Parameters, multiply
+from model.gpu.forward import DeviceCache, Forward, Parameters
 from model.gpu.graphs import Buckets
 from model.gpu.inputs import InputBuffer
+from model.gpu.loading import load_onto
+from model.gpu.products import Candidate, choose_product
 from model.gpu.slots import SlotMemory
 from model.gpu.step import DeviceStep
 from model.gpu.tiles import choose_tiles
@@ -42,7 +44,7 @@ from model.interface import (
 from model.kv_cache import affordable_blocks
 from model.malloc import large_pieces_given_back
 from model.threads import plan_threads
-from model.weights import Progress, load_weights
+from model.weights import Progress
 
 BLOCK_SIZE = 64
 """Positions of a block, where nothing else is asked for: a tile of keys lies in one block."""
@@ -62,9 +64,11 @@ def load_device_runner(
     progress: Progress | None = None,
     device: Device | None = None,
     buckets: Buckets | None = None,
+    products: Sequence[Candidate] | None = None,
 ) -> tuple[DeviceRunner, ModelFacts]:
     """Loads, warms up, and captures steps; on the current card unless another device is given.
 
+    `products` are those to choose among, the best first; by default all that there are.
     Raises ValueError, in one line, for a directory or options that cannot be used, or where memory does not suffice.
     """
     _check(options)
@@ -79,12 +83,12 @@ def load_device_runner(
     tensor_map: TensorMap = import_module(FAMILIES[config.architecture]).tensor_map(config)
     dtype = getattr(torch, options.dtype.value)
     with large_pieces_given_back():
-        weights = load_weights(Path(options.model_dir), tensor_map, dtype, progress)
-        num_parameters = sum(parameter.numel() for parameter in weights.parameters.values())
         try:
-            parameters = _move(weights.parameters, device)
-            num_bytes = sum(parameter.nbytes for parameter in parameters.values())
-            runner = _build(config, options, shape, parameters, device, buckets or Buckets())
+            weights = load_onto(Path(options.model_dir), tensor_map, dtype, device.torch_device, progress)
+            num_parameters = sum(parameter.numel() for parameter in weights.parameters.values())
+            num_bytes = sum(parameter.nbytes for parameter in weights.parameters.values())
+            parameters = Parameters(config, weights.parameters)
+            runner = _build(config, options, shape, parameters, device, buckets or Buckets(), products)
         except torch.OutOfMemoryError:
             raise ValueError(f"no memory on {device.name} for this model, its buffers and its steps") from None
     if weights.unused:
@@ -132,18 +136,14 @@ def _check(options: RunnerOptions) -> None:
         raise ValueError("pin_threads: only the native backend's threads can be tied to CPUs")
 
 
-def _move(parameters: dict[str, Tensor], device: Device) -> dict[str, Tensor]:
-    """Parameters on the device; each is released here when it is there."""
-    return {name: parameters.pop(name).to(device.torch_device) for name in list(parameters)}
-
-
 def _build(
     config: ModelConfig,
     options: RunnerOptions,
     shape: RunnerShape,
-    parameters: dict[str, Tensor],
+    parameters: Parameters,
     device: Device,
     buckets: Buckets,
+    products: Sequence[Candidate] | None,
 ) -> DeviceRunner:
     """Gives memory away, in its order, and makes the runner."""
     begun_at = time.monotonic()
@@ -153,9 +153,9 @@ def _build(
     max_wanted = max(shape.num_slots, *buckets.decode)
     max_tokens = max(shape.max_batch_tokens, max_wanted, *buckets.mixed)
     attention = _make_attention(config, shape, dtype, device)
-    forward = Forward(
-        config, Parameters(config, parameters), cache, attention, multiply, shape.context_length, max_tokens, max_wanted
-    )
+    product, report = choose_product(parameters.uses(max_wanted), max_tokens, device.torch_device, products)
+    _logger.log(logging.INFO if report.holds else logging.WARNING, "matrix products: %s", report)
+    forward = Forward(config, parameters, cache, attention, product, shape.context_length, max_tokens, max_wanted)
     max_blocks = -(-shape.context_length // shape.block_size)
     slots = SlotMemory(shape.num_slots, max_blocks, shape.vocab_size, device.torch_device)
     inputs = InputBuffer(max_tokens, max_wanted, len(attention.work), slots.max_patch_words, device.torch_device)

@@ -16,7 +16,7 @@ from service.engine.engine import Engine
 from service.engine.messages import FinishCode, Limits, Submit
 from service.engine.process import engine_options
 from tests.engine.ledger import FAR, Ledger, run_to_end
-from tests.gpu.late_device import LateDevice
+from tests.gpu.late_device import LIBRARY, LateDevice
 from tests.model.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -57,7 +57,7 @@ def test_tokens_are_those_of_the_cpu_though_memory_is_short(tmp_path: Path) -> N
     )
     tight = replace(roomy, backend=Backend.GPU, num_blocks=3)
     theirs = load_runner(roomy)[0]
-    mine, facts = load_device_runner(tight, device=LateDevice(), buckets=Buckets((1, 2, 4), (4, 12)))
+    mine, facts = load_device_runner(tight, device=LateDevice(), buckets=Buckets((1, 2, 4), (4, 12)), products=LIBRARY)
     assert (facts.backend, facts.card, mine.shape.runs_ahead) == ("gpu", LateDevice.name, True)
     assert engine_options(Settings(), mine.shape).depth == 1 and engine_options(Settings(), theirs.shape).depth == 0
 

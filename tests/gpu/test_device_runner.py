@@ -14,14 +14,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.gpu import device_runner, runner
+from model.gpu import device_runner
 from model.gpu.device_runner import DeviceRunner
-from model.gpu.forward import multiply
 from model.gpu.graphs import Buckets
+from model.gpu.products import Candidate, library_product
 from model.gpu.runner import load_device_runner
 from model.interface import Admission, Backend, Batch, Dtype, Row, Runner, RunnerOptions, Sampled, Sampling
 from model.runner import load_runner
-from tests.gpu.late_device import LateDevice, LateEvent
+from tests.gpu.late_device import LIBRARY, LateDevice, LateEvent
 from tests.model.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -79,7 +79,7 @@ def loaded(
     """One runner serves many tests, one after the other: an admission leaves nothing of a slot's past."""
     device = LateDevice(runs_ahead)
     given = options(model_dir, captures_graphs=captures_graphs, backend=Backend.GPU)
-    return load_device_runner(given, device=device, buckets=buckets)[0], device
+    return load_device_runner(given, device=device, buckets=buckets, products=LIBRARY)[0], device
 
 
 @cache
@@ -211,7 +211,7 @@ def test_a_context_is_computed_to_its_end_and_blocks_come_as_they_are_needed(mod
 def test_bfloat16_is_near_the_cpus(model_dir: Path) -> None:
     """Both round at the same places; the interpreter cuts bits off where a card rounds."""
     given = {"dtype": Dtype.BFLOAT16, "captures_graphs": False}
-    mine, _ = load_device_runner(options(model_dir, **given), device=LateDevice(), buckets=BUCKETS)
+    mine, _ = load_device_runner(options(model_dir, **given), device=LateDevice(), buckets=BUCKETS, products=LIBRARY)
     theirs, _ = load_runner(options(model_dir, backend=Backend.TORCH, **given))
     steps = [[admit(0, PROMPTS[2], 13, TOLD)], [admit(1, PROMPTS[2], 13, TOLD)]]
     for found, expected in zip(play(mine, steps), play(theirs, steps), strict=True):
@@ -224,17 +224,17 @@ def test_bfloat16_is_near_the_cpus(model_dir: Path) -> None:
 def by_rows(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_MO: Tensor) -> None:
     """A product whose rows have the same bits whatever their number."""
     for row in range(len(x_MI)):
-        multiply(x_MI[row : row + 1], weight_OI, bias_O, out_MO[row : row + 1])
+        library_product(x_MI[row : row + 1], weight_OI, bias_O, out_MO[row : row + 1])
 
 
-def test_padding_and_neighbours_change_no_bit(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_and_neighbours_change_no_bit(model_dir: Path) -> None:
     """Where products keep rows apart. Log-probabilities of a row that asks show its logits."""
-    monkeypatch.setattr(runner, "multiply", by_rows)
     steps = [[admit(slot, PROMPTS[slot], len(PROMPTS[slot]), TOLD) for slot in (0, 1)]]
     steps += [[*rows, *others] for rows, others in zip(decode(0, 3, 2), decode(1, 1, 2), strict=True)]
     found = []
     for buckets in (Buckets((2,), (4,)), Buckets((3,), (11,)), Buckets((4,), ())):
-        mine, _ = load_device_runner(options(model_dir, captures_graphs=False), device=LateDevice(), buckets=buckets)
+        given, products = options(model_dir, captures_graphs=False), [Candidate("by rows", by_rows)]
+        mine, _ = load_device_runner(given, device=LateDevice(), buckets=buckets, products=products)
         found.append(play(mine, steps))
     assert found[0] == found[1] == found[2]
     alone = play(mine, [[row for row in rows if row.slot == 0] for rows in steps])
@@ -292,7 +292,7 @@ def test_a_broken_row_is_told_and_spoils_no_other(tmp_path: Path) -> None:
     tensors["model.embed_tokens.weight"][50] = float("nan")
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     given = options(directory, context_length=CONTEXT_LENGTH)
-    mine, _ = load_device_runner(given, device=LateDevice(), buckets=BUCKETS)
+    mine, _ = load_device_runner(given, device=LateDevice(), buckets=BUCKETS, products=LIBRARY)
     theirs, _ = load_runner(options(directory, context_length=CONTEXT_LENGTH, backend=Backend.TORCH))
     steps = [[admit(0, [5, 50, 7], 3, TOLD), admit(1, [5, 51, 7], 3, TOLD)]]
     (found,), (expected,) = play(mine, steps), play(theirs, steps)

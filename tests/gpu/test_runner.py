@@ -17,7 +17,7 @@ from model.gpu.graphs import Buckets
 from model.gpu.runner import BLOCK_SIZE, RESERVE_BYTES, load_device_runner
 from model.interface import Backend, Dtype, Quantization, RunnerOptions
 from model.runner import load_runner
-from tests.gpu.late_device import LateDevice
+from tests.gpu.late_device import LIBRARY, LateDevice
 from tests.model.checkpoints import write_checkpoint
 
 pytestmark = [
@@ -47,7 +47,7 @@ def write_small(directory: Path, **changes: object) -> Path:
 
 
 def load(given: RunnerOptions, free_bytes: int = 2**31) -> runner.DeviceRunner:
-    return load_device_runner(given, device=LateDevice(free_bytes=free_bytes), buckets=Buckets((1,), (2,)))[0]
+    return load_device_runner(given, None, LateDevice(free_bytes=free_bytes), Buckets((1,), (2,)), LIBRARY)[0]
 
 
 def test_the_pool_takes_what_is_free_but_for_a_reserve(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_the_pool_takes_what_is_free_but_for_a_reserve(tmp_path: Path) -> None:
 def test_facts_and_progress(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     given = options(write_small(tmp_path, tie=True), num_blocks=2)
-    _, facts = load_device_runner(given, lambda *call: calls.append(call), LateDevice(), Buckets((1,), (2,)))
+    _, facts = load_device_runner(given, lambda *call: calls.append(call), LateDevice(), Buckets((1,), (2,)), LIBRARY)
     assert calls[-1][0] == calls[-1][1] > 0
     assert (facts.backend, facts.card, facts.cpu_level, facts.quantization) == ("gpu", LateDevice.name, "", "none")
     assert facts.weight_bytes == 4 * facts.num_parameters, "a tied embedding lies there once"
@@ -102,7 +102,7 @@ def test_a_card_without_memory_is_told_in_one_line(tmp_path: Path, monkeypatch: 
     def too_small(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 16.00 GiB")
 
-    monkeypatch.setattr(runner, "_move", too_small)
+    monkeypatch.setattr(runner, "load_onto", too_small)
     with pytest.raises(ValueError, match=r"^no memory on late device for this model, its buffers and its steps$"):
         load(options(write_small(tmp_path)))
 
