@@ -69,8 +69,6 @@ class Plan:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints. Returns the exit code."""
     plan = parse(arguments)
-    gc.collect()
-    gc.freeze()  # as the engine process does
     before = cpu_times()
     results = []
     for case in plan.cases:
@@ -126,11 +124,14 @@ def measure(case: Case, plan: Plan) -> dict[str, dict[str, float]]:
     first, later = LOADS[case.load](case.rows)
     with tempfile.TemporaryDirectory() as folder:
         loop = MeasuredLoop(FakeDevice(shape, plan.step_seconds), options, Path(folder) / "engine.sock", later)
+        gc.collect()
+        gc.freeze()  # as the engine process does
         try:
             loop.start(first, SETTLING_TURNS)
             rounds = [figures(loop.run(plan.steps)) for _ in range(plan.rounds)]
         finally:
             loop.close()
+            gc.unfreeze()
     return {name: median_and_spread([found[name] for found in rounds]) for name in rounds[0]}
 
 
