@@ -77,8 +77,9 @@ class BlockPool:
         """Makes `digests` name at least the first `num_blocks` blocks of these tokens, all of them full."""
         size = self.block_size
         previous = digests[-1] if digests else root_digest(cache_root)
-        for index in range(len(digests), num_blocks):
-            previous = chain_digest(previous, token_ids[index * size : (index + 1) * size])
+        new_ids = array("I", token_ids[len(digests) * size : num_blocks * size])
+        for start in range(0, len(new_ids), size):
+            previous = chain_digest(previous, new_ids[start : start + size])
             digests.append(previous)
 
     def match(self, digests: Sequence[bytes], token_ids: Sequence[int]) -> list[int]:

@@ -10,6 +10,8 @@ connection:  | connection | id of the front end, 48 bits |
 from __future__ import annotations
 
 import socket
+from itertools import compress
+from typing import TypeVar
 
 import msgspec
 
@@ -31,6 +33,8 @@ MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES
 HOLD_SECONDS = 0.02
 """Reports that can wait go out at such intervals: half of what a reader waits for its next delta anyway."""
 
+Entry = TypeVar("Entry")
+
 
 class FrontEndLost(Exception):
     """The connection ended, or cannot be trusted or waited for any longer."""
@@ -42,8 +46,8 @@ class FrontEnd:
     def __init__(self, number: int, connection: socket.socket) -> None:
         self.number = number
         self.connection = connection
-        self.open_ids: set[int] = set()
-        """Engine ids of its sequences that have not ended."""
+        self._open_ids: set[int] = set()
+        """Its sequences that have not ended, by its own ids."""
         self._awaited_ids: set[int] = set()
         """Of these, those whose next token is not held: it is their first, or they want each."""
         self._eager_ids: set[int] = set()
@@ -53,6 +57,11 @@ class FrontEnd:
         self._unsent = bytearray()
         self._released_at = 0.0
         connection.setblocking(False)
+
+    @property
+    def open_ids(self) -> set[int]:
+        """Engine ids of its sequences that have not ended."""
+        return {self._key(sequence_id) for sequence_id in self._open_ids}
 
     @property
     def has_unsent(self) -> bool:
@@ -89,9 +98,9 @@ class FrontEnd:
         What is held goes out with the next report that has news, or the first that comes HOLD_SECONDS after the last
         that went out. Raises FrontEndLost.
         """
-        mine = [index for index, key in enumerate(report.ids) if key >> ID_BITS == self.number]
-        self._held.append(self._share_of(report, mine))
-        if self._note_news(report, mine) or not can_hold or now - self._released_at >= HOLD_SECONDS:
+        share = self._share_of(report)
+        self._held.append(share)
+        if self._note_news(share) or not can_hold or now - self._released_at >= HOLD_SECONDS:
             self.release(now)
 
     def release(self, now: float) -> None:
@@ -111,28 +120,38 @@ class FrontEnd:
             raise FrontEndLost(error.strerror) from None
         del self._unsent[:sent]
 
-    def _note_news(self, report: Report, mine: list[int]) -> bool:
-        """Whether somebody waits for a report with these entries; what ended is open no more."""
-        reported = {report.ids[index] for index in mine}
-        ended = {report.ids[index] for index in mine if report.finishes[index]}
-        has_news = bool(ended) or not self._awaited_ids.isdisjoint(reported)
-        self.open_ids -= ended
-        self._eager_ids -= ended
-        self._awaited_ids -= reported - self._eager_ids
-        return has_news
+    def _note_news(self, share: Report) -> bool:
+        """Whether somebody waits for its share of a report; what ended is open no more."""
+        has_ends = any(share.finishes)
+        if not has_ends and self._awaited_ids.isdisjoint(share.ids):
+            return False
+        if has_ends:
+            ended = {own_id for own_id, finish in zip(share.ids, share.finishes, strict=True) if finish}
+            self._open_ids -= ended
+            self._eager_ids -= ended
+        self._awaited_ids.difference_update(share.ids)
+        self._awaited_ids |= self._eager_ids
+        return True
 
-    def _share_of(self, report: Report, mine: list[int]) -> Report:
-        """This front end's part of a step's report, with its own ids."""
+    def _share_of(self, report: Report) -> Report:
+        """This front end's part of a step's report, with its own ids. Columns that are all its own are not copied."""
+        first, end = self.number << ID_BITS, (self.number + 1) << ID_BITS
+        ids = [key - first for key in report.ids if first <= key < end]
+        is_mine = [first <= key < end for key in report.ids] if len(ids) < len(report.ids) else None
+
+        def of_mine(column: list[Entry]) -> list[Entry]:
+            return column if is_mine is None else list(compress(column, is_mine))
+
         return Report(
-            ids=[report.ids[index] & ID_MASK for index in mine],
-            token_ids=[report.token_ids[index] for index in mine],
-            finishes=[report.finishes[index] for index in mine],
-            preemptions=[report.preemptions[index] for index in mine],
-            logprobs=[report.logprobs[index] for index in mine] if report.logprobs else [],
+            ids=ids,
+            token_ids=of_mine(report.token_ids),
+            finishes=of_mine(report.finishes),
+            preemptions=of_mine(report.preemptions),
+            logprobs=of_mine(report.logprobs),
             starts=[
-                Start(start.id & ID_MASK, start.scheduled_at, start.num_cached)
+                Start(start.id - first, start.scheduled_at, start.num_cached)
                 for start in report.starts
-                if start.id >> ID_BITS == self.number
+                if first <= start.id < end
             ],
             ended_at=report.ended_at,
             stats=report.stats,
@@ -142,10 +161,10 @@ class FrontEnd:
         if isinstance(message, Cancel):
             return Cancel([self._key(sequence_id) for sequence_id in message.ids])
         key = self._key(message.id)
-        self.open_ids.add(key)
-        self._awaited_ids.add(key)
+        self._open_ids.add(message.id)
+        self._awaited_ids.add(message.id)
         if message.wants_each_token:
-            self._eager_ids.add(key)
+            self._eager_ids.add(message.id)
         return msgspec.structs.replace(message, id=key)
 
     def _key(self, sequence_id: int) -> int:

@@ -5,7 +5,7 @@ The door has validated every request, so a refusal here means a bug at the door:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from math import isfinite, isnan
 
 from model.interface import NO_LOGPROBS, RunnerShape, Sampling
@@ -55,9 +55,9 @@ def _has_sound_sampling(sampling: Sampling, vocab_size: int) -> bool:
         and 0 <= sampling.top_k <= vocab_size
         and 0 <= sampling.seed < 2**64
         and NO_LOGPROBS <= sampling.num_logprobs <= vocab_size
-        and _are_tokens((token_id for token_id, _ in sampling.logit_bias), vocab_size)
+        and _are_tokens([token_id for token_id, _ in sampling.logit_bias], vocab_size)
     )
 
 
-def _are_tokens(token_ids: Iterable[int], vocab_size: int) -> bool:
-    return all(0 <= token_id < vocab_size for token_id in token_ids)
+def _are_tokens(token_ids: Sequence[int], vocab_size: int) -> bool:
+    return not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size)

@@ -30,6 +30,10 @@ class FinishCode(IntEnum):
     """The engine will not index with what it was sent: a front end that validates never sees it."""
 
 
+NOT_ENDED = int(FinishCode.NONE)
+"""What a report says of a sequence that goes on; a plain integer, because it stands there for nearly every token."""
+
+
 class Limits(msgspec.Struct, frozen=True, array_like=True):
     """When a sequence must end and how urgent it is. `end_token_ids` end it (empty with ignore_eos and no stop ids)."""
 

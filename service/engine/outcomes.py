@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from model.interface import TokenLogprobs
-from service.engine.messages import FinishCode, Start
+from service.engine.messages import Start
 
 
 @dataclass(slots=True)
@@ -23,9 +23,9 @@ class Outcomes:
     starts: list[Start] = field(default_factory=list)
 
     def add(
-        self, sequence_id: int, token_id: int, finish: FinishCode, num_preemptions: int, logprobs: TokenLogprobs | None
+        self, sequence_id: int, token_id: int, finish: int, num_preemptions: int, logprobs: TokenLogprobs | None
     ) -> None:
-        """A new token, an end, or both."""
+        """A new token, an end (`finish` is its FinishCode), or both."""
         self.ids.append(sequence_id)
         self.token_ids.append(token_id)
         self.finishes.append(finish)

@@ -15,12 +15,13 @@ from __future__ import annotations
 import collections.abc
 from bisect import insort
 from collections.abc import Callable, Iterable
+from math import inf
 from operator import attrgetter
 
 from model.interface import Admission, Batch, Row, Sampled, TokenLogprobs
 from service.engine.block_pool import BlockPool
 from service.engine.budget import PrefillBudget
-from service.engine.messages import NO_TOKEN, FinishCode, Start
+from service.engine.messages import NO_TOKEN, NOT_ENDED, FinishCode, Start
 from service.engine.outcomes import Counters, Outcomes
 from service.engine.policy import last_in_order
 from service.engine.sequence import NO_SLOT, Sequence, State
@@ -51,6 +52,8 @@ class Scheduler:
         self._free_slots = list(reversed(range(self._num_slots)))
         self._by_slot: dict[int, Sequence] = {}
         self._open: dict[int, Sequence] = {}
+        self._no_deadline_before = inf
+        """No open sequence has an earlier deadline than this."""
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._leaving: set[Sequence] = set()
@@ -95,6 +98,7 @@ class Scheduler:
         """Takes a new sequence into the queue, at its rank."""
         assert sequence.id not in self._open, "ids are unique among open sequences"
         self._open[sequence.id] = sequence
+        self._no_deadline_before = min(self._no_deadline_before, sequence.limits.deadline)
         insort(self._waiting, sequence, key=_rank)
 
     def refuse(self, sequence_id: int) -> None:
@@ -111,8 +115,7 @@ class Scheduler:
         """The next step. Sequences past their deadline end first; then the running go on; then the waiting start."""
         self._expire(now)
         rows: list[Row] = []
-        share = self.budget.share([sequence.num_uncomputed for sequence in self._running].count(1))
-        share = self._continue(rows, share)
+        share = self._continue(rows)
         self._admit(rows, share, now)
         num_tokens = sum([row.num_tokens for row in rows])
         self._only_decodes = num_tokens == len(rows)
@@ -121,22 +124,31 @@ class Scheduler:
     def commit(self, batch: Batch, sampled: Sampled) -> None:
         """Takes in an ended step: its tokens, the blocks it filled, and whatever only it still held."""
         drawn = 0
+        # What hundreds of rows ask for is looked up once; in Python 3.11 an enum's member costs as much as a call.
+        by_slot, token_ids, add = self._by_slot, sampled.token_ids, self._outcomes.add
+        finished, block_size = State.FINISHED, self.pool.block_size
         for row in batch.rows:
-            sequence = self._by_slot[row.slot]
+            sequence, wants_token = by_slot[row.slot], row.wants_token
             sequence.num_in_flight -= 1
-            if sequence.state is State.FINISHED:
+            if sequence.state is finished:
                 self._counters.dropped_tokens += row.num_tokens
-            elif not row.wants_token:
-                self._publish(sequence, row.start + row.num_tokens)
-            elif not sampled.is_finite[drawn]:
+            elif wants_token and not sampled.is_finite[drawn]:
                 # The cause may lie in any block that the row read, so none of them may be found again.
                 self.pool.withdraw(sequence.block_table)
                 self._finish(sequence, FinishCode.NON_FINITE)
             else:
-                self._publish(sequence, row.start + row.num_tokens)
-                self._accept(sequence, sampled.token_ids[drawn], sampled.logprobs[drawn] if sampled.logprobs else None)
-            drawn += row.wants_token
-            if sequence in self._leaving and not sequence.num_in_flight:
+                if row.start % block_size + row.num_tokens >= block_size:
+                    self._publish(sequence, row.start + row.num_tokens)
+                if wants_token:
+                    token_id = token_ids[drawn]
+                    logprobs = sampled.logprobs[drawn] if sampled.logprobs else None
+                    code = sequence.accept(token_id)
+                    if code is None:
+                        add(sequence.id, token_id, NOT_ENDED, sequence.num_preemptions, logprobs)
+                    else:
+                        self._finish(sequence, code, token_id, logprobs)
+            drawn += wants_token
+            if self._leaving and sequence in self._leaving and not sequence.num_in_flight:
                 self._leaving.remove(sequence)
                 self._let_go(sequence)
         assert drawn == len(sampled.token_ids), "a step draws one token for each row that wants one"
@@ -148,24 +160,32 @@ class Scheduler:
         return taken
 
     def _expire(self, now: float) -> None:
+        if now < self._no_deadline_before:
+            return
         for sequence in [one for one in self._open.values() if one.limits.deadline <= now]:
             self._finish(sequence, FinishCode.DEADLINE)
+        self._no_deadline_before = min((one.limits.deadline for one in self._open.values()), default=inf)
 
-    def _continue(self, rows: list[Row], share: int) -> int:
-        """Adds the rows of running sequences that can have blocks. Returns what is left of the share.
+    def _continue(self, rows: list[Row]) -> int:
+        """Adds the rows of running sequences that can have blocks. Returns what is left of the prefill share.
 
         A row of one token is outside the share: the budget set those aside.
         """
         order = tuple(self._running)
+        uncomputed = [sequence.num_uncomputed for sequence in order]
+        share = self.budget.share(uncomputed.count(1))
+        running, block_size = State.RUNNING, self.pool.block_size
         for index, sequence in enumerate(order):
-            uncomputed = sequence.num_uncomputed
-            num_tokens = 1 if uncomputed == 1 else min(uncomputed, share)
-            if num_tokens == 0 or sequence.state is not State.RUNNING:
+            num_uncomputed = uncomputed[index]
+            num_tokens = 1 if num_uncomputed == 1 else min(num_uncomputed, share)
+            if num_tokens == 0 or sequence.state is not running:
                 continue
-            block_ids = self._grow(sequence, num_tokens, order[index:])
+            block_ids: collections.abc.Sequence[int] | None = ()
+            if sequence.num_computed + num_tokens > block_size * len(sequence.block_table):
+                block_ids = self._grow(sequence, num_tokens, order[index:])
             if block_ids is None:
                 continue
-            if uncomputed > 1:
+            if num_uncomputed > 1:
                 share -= num_tokens
             rows.append(self._row(sequence, num_tokens, block_ids))
         return share
@@ -189,11 +209,18 @@ class Scheduler:
         return block_ids
 
     def _admit(self, rows: list[Row], share: int, now: float) -> None:
-        """Starts waiting sequences, strictly in order, while slots, blocks and the share last."""
+        """Starts waiting sequences, strictly in order, while slots, blocks and the share last.
+
+        One starts where all its tokens can have blocks beside what is promised to the running: more would only be
+        preempted again, or take what a running one waits for. With nothing running it comes down to the pool's size.
+        """
+        if not (share > 0 and self._waiting and self._free_slots):
+            return
+        promised = self._promised_blocks(self._running)
         while share > 0 and self._waiting and self._free_slots:
             sequence = self._waiting[0]
             cached = self._find_prefix(sequence)
-            if not self._fits(sequence, cached):
+            if promised + self._needed_blocks(sequence, cached) > self.pool.num_allocatable:
                 return
             del self._waiting[0]
             self._start(sequence, cached, now)
@@ -202,6 +229,7 @@ class Scheduler:
             assert new is not None, "whoever fits gets its blocks"
             rows.append(self._row(sequence, num_tokens, (*cached, *new), sequence.admission()))
             share -= num_tokens
+            promised += self._promised_blocks([sequence])
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Published blocks that begin the sequence. At least one token is left to compute, so that logits exist."""
@@ -211,16 +239,15 @@ class Scheduler:
         self.pool.extend_digests(sequence.digests, sequence.cache_root, sequence.token_ids, most)
         return self.pool.match(sequence.digests[:most], sequence.token_ids)
 
-    def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
-        """Whether all known tokens of this and the running sequences can have blocks, and each running one another.
+    def _promised_blocks(self, sequences: Iterable[Sequence]) -> int:
+        """Blocks that these will still take for the tokens that exist, and one more for each."""
+        size = self.pool.block_size
+        # A call of blocks_for for each would be most of the time.
+        return sum([1 - (-one.num_tokens // size) - len(one.block_table) for one in sequences])
 
-        Admitting more would only preempt it again, or take what a running one waits for. With nothing running it comes
-        down to the size of the pool.
-        """
-        needed = self.pool.blocks_for(len(sequence.token_ids)) - len(cached) + self.pool.num_unreferenced(cached)
-        for other in self._running:
-            needed += 1 + self.pool.blocks_for(other.num_tokens) - len(other.block_table)
-        return needed <= self.pool.num_allocatable
+    def _needed_blocks(self, sequence: Sequence, cached: list[int]) -> int:
+        """Allocatable blocks that a waiting sequence would take for its tokens, cached ones of its prefix included."""
+        return self.pool.blocks_for(len(sequence.token_ids)) - len(cached) + self.pool.num_unreferenced(cached)
 
     def _start(self, sequence: Sequence, cached: list[int], now: float) -> None:
         """Gives a waiting sequence its slot and the blocks of its cached prefix."""
@@ -251,7 +278,7 @@ class Scheduler:
         start = sequence.num_computed
         sequence.num_computed += num_tokens
         wants_token = sequence.num_computed == sequence.num_tokens
-        sequence.num_drawing += wants_token
+        sequence.num_tokens += wants_token
         sequence.num_in_flight += 1
         return Row(sequence.slot, start, num_tokens, block_ids, wants_token, admission)
 
@@ -266,13 +293,6 @@ class Scheduler:
             token_ids = sequence.token_ids[index * size : (index + 1) * size]
             self.pool.publish(sequence.block_table[index], sequence.digests[index], token_ids)
         sequence.num_published = num_full
-
-    def _accept(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        code = sequence.accept(token_id)
-        if code is FinishCode.NONE:
-            self._outcomes.add(sequence.id, token_id, code, sequence.num_preemptions, logprobs)
-        else:
-            self._finish(sequence, code, token_id, logprobs)
 
     def _finish(
         self,
@@ -331,8 +351,12 @@ class Scheduler:
             assert not (sequence.num_in_flight or sequence.num_drawing), "waiting with a step in flight"
             assert not (sequence.block_table or sequence.num_computed), "waiting with blocks"
             assert sequence.slot == NO_SLOT, "waiting with a slot"
+        deadlines = [one.limits.deadline for one in self._open.values()]
+        assert self._no_deadline_before <= min(deadlines, default=inf), "a deadline would be missed"
         for sequence in holders:
-            assert sequence.num_computed <= sequence.num_tokens, "computed beyond its tokens"
+            assert sequence.num_computed <= sequence.num_tokens <= sequence.max_tokens, "computed beyond its tokens"
+            is_owed = 0 <= sequence.num_drawing <= sequence.num_in_flight
+            assert is_owed or sequence.state is State.FINISHED, "draws that no step in flight owes"
             assert len(sequence.block_table) == self.pool.blocks_for(sequence.num_computed), "table length"
             assert sequence.num_published * self.pool.block_size <= sequence.num_computed, "published before computed"
         assert all(sequence.num_in_flight for sequence in self._leaving), "left, but not let go"

@@ -6,7 +6,7 @@ before its value is known, because the step that draws it is still in flight:
     token_ids           | prompt .........| generated ...|
                         0      num_prompt ^              ^ len(token_ids)
     being drawn                                          |- - -|
-                                                               ^ num_tokens = len(token_ids) + num_drawing
+                                                               ^ num_tokens = len(token_ids) + num_drawing <= max_tokens
     num_computed        | keys and values exist, or will when the steps in flight end |   never beyond num_tokens
 """
 
@@ -43,13 +43,15 @@ class Sequence:
     end_token_ids: frozenset[int]
     cache_root: bytes | None
     rank: tuple[float, ...]
+    num_tokens: int
+    """Tokens that exist, those in flight included."""
+    max_tokens: int
+    """Prompt and new ones, when it ends for its length."""
     state: State = State.WAITING
     finish: FinishCode = FinishCode.NONE
     has_started: bool = False
     slot: int = NO_SLOT
     num_computed: int = 0
-    num_drawing: int = 0
-    """Tokens that steps in flight draw."""
     num_in_flight: int = 0
     """Steps in flight that hold a row of this sequence."""
     block_table: list[int] = field(default_factory=list)
@@ -71,20 +73,19 @@ class Sequence:
             end_token_ids=frozenset(submit.limits.end_token_ids),
             cache_root=submit.cache_root,
             rank=rank,
+            num_tokens=len(submit.token_ids),
+            max_tokens=submit.num_prompt + submit.limits.max_new_tokens,
         )
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens that exist, those in flight included."""
-        return len(self.token_ids) + self.num_drawing
+    def num_drawing(self) -> int:
+        """Tokens that steps in flight draw."""
+        return self.num_tokens - len(self.token_ids)
 
     @property
     def num_uncomputed(self) -> int:
         """Tokens that steps still have to compute. The very last token never is: nothing would read it."""
-        num_tokens = len(self.token_ids) + self.num_drawing
-        if num_tokens >= self.num_prompt + self.limits.max_new_tokens:
-            return 0
-        return num_tokens - self.num_computed
+        return self.num_tokens - self.num_computed if self.num_tokens < self.max_tokens else 0
 
     def admission(self) -> Admission:
         """What the runner must know when this sequence takes a slot."""
@@ -97,13 +98,10 @@ class Sequence:
             end_token_ids=self.limits.end_token_ids,
         )
 
-    def accept(self, token_id: int) -> FinishCode:
+    def accept(self, token_id: int) -> FinishCode | None:
         """Takes the value of the token drawn first among those in flight; returns how it ends the sequence, if so."""
-        num_new = len(self.token_ids) - self.num_prompt
-        self.token_ids.append(token_id)
-        self.num_drawing -= 1
-        if token_id in self.end_token_ids and num_new >= self.limits.min_new_tokens:
+        token_ids = self.token_ids
+        token_ids.append(token_id)
+        if token_id in self.end_token_ids and len(token_ids) > self.num_prompt + self.limits.min_new_tokens:
             return FinishCode.STOP_TOKEN
-        if num_new + 1 >= self.limits.max_new_tokens:
-            return FinishCode.LENGTH
-        return FinishCode.NONE
+        return FinishCode.LENGTH if len(token_ids) >= self.max_tokens else None

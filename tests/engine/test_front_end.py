@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from model.interface import TokenLogprobs
 from service.engine.framing import FrameDecoder, encode_frame
 from service.engine.front_end import HOLD_SECONDS, ID_BITS, FrontEnd
-from service.engine.messages import NO_TOKEN, FinishCode, FromEngine, Report, StepStats, Submit
+from service.engine.messages import NO_TOKEN, FinishCode, FromEngine, Report, Start, StepStats, Submit
 from tests.engine.ledger import make_submit
 
 NUMBER = 3
@@ -53,13 +54,17 @@ class Peer:
     def key(self, sequence_id: int) -> int:
         return self.front_end.number << ID_BITS | sequence_id
 
-    def heard(self) -> list[float]:
-        """When the steps ended whose reports have arrived since the last call."""
+    def reports(self) -> list[Report]:
+        """What has arrived since the last call."""
         try:
             data = self._theirs.recv(1 << 20)
         except BlockingIOError:
             return []
-        return [message.ended_at for message in self._decoder.feed(data) if isinstance(message, Report)]
+        return [message for message in self._decoder.feed(data) if isinstance(message, Report)]
+
+    def heard(self) -> list[float]:
+        """When the steps ended whose reports have arrived since the last call."""
+        return [report.ended_at for report in self.reports()]
 
     def close(self) -> None:
         self.front_end.connection.close()
@@ -142,6 +147,28 @@ def test_another_front_ends_news_is_none_here(peer: Peer) -> None:
     assert peer.heard() == []
     assert other.heard() == [1.0 + SOON]
     other.close()
+
+
+@pytest.mark.parametrize("num_others", [0, 1])
+def test_a_share_has_its_own_entries_and_starts_under_its_own_ids(peer: Peer, num_others: int) -> None:
+    """Whether it is all of the report, or another front end has an entry in it; that one's start is in it anyway."""
+    other_key = (NUMBER + 1) << ID_BITS | 9
+    report = Report(
+        ids=[peer.key(0), *[other_key] * num_others, peer.key(1)],
+        token_ids=[11, *[12] * num_others, 13],
+        finishes=[FinishCode.NONE, *[FinishCode.LENGTH] * num_others, FinishCode.STOP_TOKEN],
+        preemptions=[1, *[2] * num_others, 3],
+        logprobs=[None, *[TokenLogprobs(-2.0, [], [])] * num_others, TokenLogprobs(-3.0, [], [])],
+        starts=[Start(other_key, 0.5, 16), Start(peer.key(1), 0.75, 32)],
+        ended_at=1.0 + SOON,
+        stats=StepStats(),
+    )
+    peer.front_end.report(report, 1.0 + SOON, can_hold=True)
+    (share,) = peer.reports()
+    assert (share.ids, share.token_ids, share.finishes, share.preemptions) == ([0, 1], [11, 13], [0, 1], [1, 3])
+    assert share.logprobs == [None, TokenLogprobs(-3.0, [], [])]
+    assert share.starts == [Start(1, 0.75, 32)]
+    assert peer.front_end.open_ids == {peer.key(0)}
 
 
 def test_nothing_is_remembered_of_what_ended(peer: Peer) -> None:

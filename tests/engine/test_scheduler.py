@@ -223,6 +223,32 @@ def test_a_deadline_ends_a_running_sequence(
     assert not engine.has_work
 
 
+def test_each_deadline_has_its_own_time(engine: Engine, ledger: Ledger, clock: FakeClock) -> None:
+    """Whatever came and went with earlier ones, and in whatever order they arrived."""
+    begun = clock.now
+    for sequence_id, patience in ((1, 3.0), (2, 1.0), (3, 2.0), (4, FAR)):
+        engine.submit(make_submit(sequence_id, [sequence_id], 50, deadline=begun + patience))
+    step(engine, ledger)
+    engine.cancel([2])
+    step(engine, ledger)
+    for now, ended in ((1.5, {2}), (2.0, {2, 3}), (2.9, {2, 3}), (3.0, {1, 2, 3})):
+        clock.now = begun + now
+        step(engine, ledger)
+        assert ledger.finishes.keys() == ended
+    engine.submit(make_submit(5, [5], 50, deadline=clock.now + 1))
+    step(engine, ledger)
+    clock.now += 1
+    step(engine, ledger)
+    assert ledger.finishes == {
+        2: FinishCode.CANCELLED,
+        3: FinishCode.DEADLINE,
+        1: FinishCode.DEADLINE,
+        5: FinishCode.DEADLINE,
+    }
+    engine.cancel([4])
+    run_to_end(engine, ledger)
+
+
 def finish_order(engine: Engine, ledger: Ledger) -> list[int]:
     run_to_end(engine, ledger)
     return ledger.order
