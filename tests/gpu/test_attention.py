@@ -226,6 +226,7 @@ BITS = [(HEADS, torch.float32), (HEADS, torch.bfloat16), (OPTIONS[1], torch.floa
 
 
 @pytest.mark.parametrize(("heads", "dtype"), BITS, ids=["plain", "plain bfloat16", "window", "everything"])
+@pytest.mark.usefixtures("_one_by_one")
 def test_a_row_alone_has_the_same_bits(heads, dtype):
     case = make_case(MIXED, heads, dtype, has_sinks=heads.soft_cap > 0)
     together = case.run()
@@ -235,6 +236,7 @@ def test_a_row_alone_has_the_same_bits(heads, dtype):
 
 
 @pytest.mark.parametrize(("heads", "dtype"), BITS, ids=["plain", "plain bfloat16", "window", "everything"])
+@pytest.mark.usefixtures("_one_by_one")
 def test_a_prompt_in_chunks_has_the_same_bits(heads, dtype):
     case = make_case([(70, 70)], heads, dtype, has_sinks=heads.soft_cap > 0)
     whole = case.run()
@@ -245,12 +247,14 @@ def test_a_prompt_in_chunks_has_the_same_bits(heads, dtype):
 
 
 @pytest.mark.parametrize("num_programs", [1, 7, 50])
+@pytest.mark.usefixtures("_one_by_one")
 def test_any_grid_has_the_same_bits(num_programs):
     case = make_case(MIXED)
     assert torch.equal(case.run(num_programs=num_programs), case.run())
 
 
 @pytest.mark.parametrize("heads", OPTIONS, ids=["plain", "window", "everything"])
+@pytest.mark.usefixtures("_one_by_one")
 def test_with_one_tile_for_all_decode_and_prefill_have_the_same_bits(heads):
     case = make_case([(70, 70)], heads, torch.bfloat16, has_sinks=heads.soft_cap > 0)
     prompt = case.run(prefill=DECODE)
@@ -258,6 +262,7 @@ def test_with_one_tile_for_all_decode_and_prefill_have_the_same_bits(heads):
         assert torch.equal(case.part(0, i, i + 1).run(prefill=DECODE), prompt[i : i + 1])
 
 
+@pytest.mark.usefixtures("_one_by_one")
 def test_blocks_in_other_places_have_the_same_bits():
     case = make_case(MIXED)
     order = torch.randperm(len(case.k_cache), generator=torch.Generator().manual_seed(1))
