@@ -144,8 +144,11 @@ def tokens_of(slot: int, steps: Sequence[list[Row]], found: Sequence[Sampled]) -
 
 @pytest.mark.parametrize(
     ("runs_ahead", "captures_graphs", "depth"),
-    [(False, True, 1), (True, True, 1), (False, False, 0)],
-    ids=["graphs, late", "graphs, ahead", "eager, a step at a time"],
+    [
+        pytest.param(False, True, 1, id="graphs, late"),
+        pytest.param(True, True, 1, id="graphs, ahead", marks=pytest.mark.slow),
+        pytest.param(False, False, 0, id="eager, a step at a time", marks=pytest.mark.slow),
+    ],
 )
 def test_steps_are_those_of_the_cpu(model_dir: Path, runs_ahead: bool, captures_graphs: bool, depth: int) -> None:
     steps = script()
@@ -208,6 +211,7 @@ def test_a_context_is_computed_to_its_end_and_blocks_come_as_they_are_needed(mod
     assert_same(play(mine, steps, depth=1), play(theirs, steps))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_the_cpus(model_dir: Path) -> None:
     """Both round at the same places; the interpreter cuts bits off where a card rounds."""
     given = {"dtype": Dtype.BFLOAT16, "captures_graphs": False}

@@ -114,8 +114,8 @@ def test_noise_is_that_of_the_cpu(seed):
 @pytest.mark.parametrize(
     ("vocab_size", "kind"),
     [
-        (97, "bfloat16"),
-        (97, "few values"),
+        pytest.param(97, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(97, "few values", marks=pytest.mark.slow),
         (97, "forbidden"),
         (97, "equal"),
         (97, "one"),

@@ -259,6 +259,7 @@ def test_the_table_has_a_line_for_each_part_and_goal() -> None:
     assert "ready           met        9.000  at most 10" in text
 
 
+@pytest.mark.slow
 def test_a_dry_run_works_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton")
     chosen = ["limits", "attention", "models"]
