@@ -65,8 +65,9 @@ kernels-check: $(DEV) ## compile the kernels for a card, which need not be there
 
 # The Python of the machine that has the card: nothing is installed there, and parts whose modules it lacks are skipped.
 gpu-check: ## measure everything on a card, in one call under nine minutes; last line is JSON (ARGS="--only steps" or "--dry")
-	@for python in $(BIN)/python $(PYTHON) python3 python; do \
-	 if $$python -c '$(HAS_TORCH)' 2>/dev/null; then exec $$python -m loadtest.gpu.check $(ARGS); fi; done; \
+	@for has in 'import torch; raise SystemExit(not torch.cuda.is_available())' '$(HAS_TORCH)'; do \
+	 for python in $(BIN)/python $(PYTHON) python3 python; do \
+	 if $$python -c "$$has" 2>/dev/null; then exec $$python -m loadtest.gpu.check $(ARGS); fi; done; done; \
 	 echo "quire: no Python here has torch 2.11 or newer; name one with PYTHON=..." >&2; exit 2
 
 bench: $(DEV) $(COMMAND) $(NATIVE) ## measure the bare engine and the way through gRPC; last line is JSON

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -190,7 +191,7 @@ class Caller:
             key for key, token_id in zip(report.ids, report.token_ids, strict=True) if token_id != NO_TOKEN
         )
         num_ended = sum(map(bool, report.finishes))
-        self.send([work for work, _ in zip(self._later, range(num_ended), strict=False)])
+        self.send(list(islice(self._later, num_ended)))
 
     def close(self) -> None:
         """Closes the connection."""

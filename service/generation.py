@@ -241,6 +241,7 @@ class Generation:
     def leave(self) -> None:
         """Its caller is gone: nothing counts any more, and the engine is not left with the sequence."""
         self._has_left = True
+        self._forget_announcement()
         self._cancel_in_engine()
 
     # How it is done.
@@ -265,6 +266,7 @@ class Generation:
             if matched is not None:
                 self._end_with(self._finish(EndReason.STOP, matched, preemptions))
                 self._cancel_in_engine()
+                return
         self._announce(time.monotonic())
 
     def _announce(self, now: float) -> None:
@@ -275,12 +277,15 @@ class Generation:
         if now >= self._next_delta_at:
             self._next_delta_at = now + delta_seconds(self._num_open())
             self._has_news.set()
-            if self._announcement is not None:
-                self._announcement.cancel()
-                self._announcement = None
+            self._forget_announcement()
         elif self._announcement is None:
             seconds = self._next_delta_at - now + DELTA_GRACE_SECONDS
             self._announcement = asyncio.get_running_loop().call_later(seconds, self._announce_late)
+
+    def _forget_announcement(self) -> None:
+        if self._announcement is not None:
+            self._announcement.cancel()
+            self._announcement = None
 
     def _announce_late(self) -> None:
         self._announcement = None
@@ -329,6 +334,7 @@ class Generation:
     def _end_with(self, end: Finish | Exception) -> None:
         assert self._end is None, "a generation ends once"
         self._end = end
+        self._forget_announcement()
         self._has_ended.set()
         self._has_news.set()
 

@@ -15,12 +15,11 @@ from loadtest.models import ModelShape
 from loadtest.roofline import MachineRates
 from model.attention.reference import attend_row, gather
 from model.gpu.attention import Heads, PagedAttention, Tile
+from model.gpu.tiles import BLOCK_SIZE, PROGRAMS_PER_MULTIPROCESSOR
 
-BLOCK_SIZE = 64
 DRY_BLOCK_SIZE = 16
 CHECKED_TOKENS = 32
 """Of a row, its last ones: float32 on a CPU is slow."""
-PER_MULTIPROCESSOR = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ class Tiles:
 
     decode: Tile
     prefill: Tile
-    per_multiprocessor: int = PER_MULTIPROCESSOR
+    per_multiprocessor: int = PROGRAMS_PER_MULTIPROCESSOR
     """Programs of the constant grid."""
 
     def tile_of(self, phase: str) -> Tile:

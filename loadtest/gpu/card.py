@@ -12,7 +12,6 @@ import platform
 import sys
 from typing import Any
 
-LEAST_CAPABILITY = (8, 0)
 L2_BYTES = 64 * 2**20
 """Taken for the size of a card's last cache where torch does not tell."""
 
@@ -27,12 +26,13 @@ def describe() -> dict[str, Any]:
         import torch
     except ImportError as error:
         raise NoCard(f"torch cannot be imported: {error}") from None
-    if not torch.cuda.is_available():
-        raise NoCard("torch finds no NVIDIA card here")
+    from model.backend import find_card_fault
+
+    fault = find_card_fault()
+    if fault is not None:
+        raise NoCard(fault)
     properties = torch.cuda.get_device_properties(0)
     capability = properties.major, properties.minor
-    if capability < LEAST_CAPABILITY:
-        raise NoCard(f"{properties.name} has compute capability {capability[0]}.{capability[1]}; 8.0 is needed")
     return {
         "name": properties.name,
         "capability": f"{capability[0]}.{capability[1]}",

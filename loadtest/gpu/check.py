@@ -185,7 +185,7 @@ def command_of(plan: Plan, part: Part, limit: float) -> list[str]:
     if not part.takes_options:
         return command
     command += ["--records", str(plan.records), "--part", part.name, "--models", str(plan.models)]
-    command += ["--seconds", f"{limit:.0f}"]
+    command += ["--until", f"{time.monotonic() + limit:.1f}"]
     return [*command, "--dry"] if plan.is_dry else command
 
 

@@ -15,9 +15,11 @@ from loadtest.gpu.limits import rates_of
 from loadtest.gpu.records import PartOptions, parse_part
 from loadtest.gpu.shapes import cost_of, shape_of
 from loadtest.gpu.steps import PRECISION, check_backend
+from loadtest.gpu.summary import OURS
 from loadtest.gpu.works import (
     CARD,
     DRY,
+    LEAST_SECONDS,
     W2N_TEMPERATURE,
     closed_works,
     long_work,
@@ -32,10 +34,7 @@ from loadtest.timing import busy_seconds, percentiles_ms
 from loadtest.workloads import Work
 from service.config import Settings
 
-NAME = "quire"
 REPEATS = 3
-LEAST_SECONDS = 10.0
-"""With less left, no workload is begun."""
 
 
 def options_of(options: PartOptions) -> dict[str, Any]:
@@ -100,7 +99,7 @@ class Workloads:
 
     def _write(self, workload: str, batch: int, **found: Any) -> None:
         self._options.records.write(
-            "workload", engine=NAME, model=self._options.model, workload=workload, batch=batch, **found
+            "workload", engine=OURS, model=self._options.model, workload=workload, batch=batch, **found
         )
 
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from loadtest.gpu.attention_cases import BLOCK_SIZE, DRY_BLOCK_SIZE
+from loadtest.gpu.attention_cases import DRY_BLOCK_SIZE
 from loadtest.gpu.limits import rates_of
 from loadtest.gpu.measure import (
     Call,
@@ -29,6 +29,7 @@ from loadtest.gpu.records import parse_part
 from loadtest.gpu.shapes import names_of, shape_of
 from loadtest.models import ModelShape
 from model.gpu import operators
+from model.gpu.tiles import BLOCK_SIZE
 from model.operators import rms_norm, silu_mul
 from model.rotary import rotate
 

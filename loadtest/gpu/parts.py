@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MODEL_MODULES = ("torch", "numpy", "triton", "safetensors", "tokenizers")
-ENGINE_MODULES = (*MODEL_MODULES, "grpc", "google.protobuf", "msgspec", "psutil", "pydantic")
+ENGINE_MODULES = (*MODEL_MODULES, "grpc", "grpc_health", "google.protobuf", "msgspec", "psutil", "pydantic")
 """The engine in a process of its own, with the client that loadtest.targets brings along."""
 SERVER_MODULES = (
     *ENGINE_MODULES,
-    *("google.rpc", "grpc_health", "grpc_reflection", "jinja2", "prometheus_client", "rich", "uvloop"),
+    *("google.rpc", "grpc_reflection", "jinja2", "prometheus_client", "rich", "uvloop"),
 )
 
 

@@ -31,6 +31,7 @@ from loadtest.gpu.measure import (
 )
 from loadtest.gpu.records import PartOptions, parse_part
 from loadtest.gpu.shapes import Matrix, matrices_of, names_of, shape_of
+from loadtest.gpu.summary import BASELINE
 from loadtest.roofline import MachineRates
 from model.gpu.products import Product, forbid_split_sums, library_product
 from model.gpu.products import candidates as all_candidates
@@ -46,8 +47,6 @@ TOLERANCE = 0.01
 COMPILE_SECONDS = 30.0
 LEAST_SECONDS = 5.0
 """With less left, no matrix is begun."""
-BASELINE = "torch"
-"""torch's product as it chooses, splits of the inputs and all: what others are compared with."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,9 @@ DIGITS = 6
 
 Record = Mapping[str, Any]
 
+ALONE_SECONDS = 120.0
+"""What a part takes at most that no check has started."""
+
 
 class Records:
     """One part's pen on the file."""
@@ -84,7 +87,8 @@ def parse_part(module: str, arguments: Sequence[str] | None) -> PartOptions:
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--model", default="8B", help="name of the shape (default: %(default)s)")
     parser.add_argument("--models", type=Path, default=Path("loadtest/out/models"), help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=120.0, help="time that there is (default: %(default)s)")
+    parser.add_argument("--until", type=float, help="when the part is ended, on the machine's monotonic clock")
     given = parser.parse_args(arguments)
     records = Records(given.records, given.part)
-    return PartOptions(records, given.dry, given.model, given.models, time.monotonic() + given.seconds)
+    until = time.monotonic() + ALONE_SECONDS if given.until is None else given.until
+    return PartOptions(records, given.dry, given.model, given.models, until)

@@ -16,6 +16,7 @@ from statistics import median
 from loadtest.gpu.engine import REPEATS, options_of
 from loadtest.gpu.records import PartOptions, parse_part
 from loadtest.gpu.shapes import shape_of
+from loadtest.gpu.summary import THROUGH_GRPC
 from loadtest.gpu.works import CARD, DRY, closed_works
 from loadtest.open_loop import Bounds, figures_of, offer
 from loadtest.peers.quire import as_flags, figures
@@ -24,7 +25,6 @@ from loadtest.targets import GrpcTarget
 from loadtest.timing import StreamTimes
 from loadtest.workloads import CHAT, ProfileWorks, Work
 
-NAME = "quire through gRPC"
 BOUNDS = Bounds(ttft_ms=500.0, tpot_ms=30.0)
 FIRST_RATE = 4.0
 RATE_FACTOR = 1.5
@@ -37,26 +37,26 @@ MIN_BATCH = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and writes. Returns the exit code."""
+    """Measures and writes. Returns the exit code: 1 where the server failed, or the open loop found no bound."""
     options = parse_part("server", arguments)
     log = options.models.parent / f"gpu-server-{options.model}.log"
     try:
         with running_server(log, as_flags(options_of(options))) as server:
             options.records.write("ready", model=options.model, seconds=server.ready_seconds)
-            asyncio.run(measure(options, server.address))
+            is_whole = asyncio.run(measure(options, server.address))
     except ServerFailed as failure:
         print(log.read_text()[-4_000:])
         print(failure)
         return 1
-    return 0
+    return 0 if is_whole else 1
 
 
-async def measure(options: PartOptions, address: str) -> None:
-    """Everything that is asked of one server."""
+async def measure(options: PartOptions, address: str) -> bool:
+    """Everything that is asked of one server. Returns whether the open loop came to its end."""
     target = GrpcTarget(address)
     try:
         await measure_throughput(options, target)
-        await measure_open_loop(options, target)
+        return await measure_open_loop(options, target)
     finally:
         await target.close()
 
@@ -71,20 +71,26 @@ async def measure_throughput(options: PartOptions, target: GrpcTarget) -> None:
         repeats = 1 if options.is_dry else REPEATS
         runs = [figures(await target.run(works, use_cache=False)) for _ in range(repeats)]
         found = {key: median([run[key] for run in runs]) for key in runs[0]}
-        options.records.write("workload", engine=NAME, model=options.model, workload=workload, batch=batch, **found)
+        options.records.write(
+            "workload", engine=THROUGH_GRPC, model=options.model, workload=workload, batch=batch, **found
+        )
 
 
-async def measure_open_loop(options: PartOptions, target: GrpcTarget) -> None:
-    """W6: rates one after another; the last record names the highest one whose bounds held."""
+async def measure_open_loop(options: PartOptions, target: GrpcTarget) -> bool:
+    """W6: rates one after another, until bounds break; the last record names the highest one for which they held.
+
+    Returns whether it came to that, which a dry run need not: it does not where the time is short.
+    """
 
     async def answer(work: Work, due: float) -> StreamTimes:
         return (await target.answer(work, use_cache=False, sent_at=due)).times
 
     seconds = DRY_RATE_SECONDS if options.is_dry else RATE_SECONDS
     context = DRY_CONTEXT if options.is_dry else CHAT_CONTEXT
-    highest, rate = 0.0, FIRST_RATE
+    highest, rate, is_bound = 0.0, FIRST_RATE, False
     for number in range(DRY_MAX_RATES if options.is_dry else MAX_RATES):
         if options.left() < 3 * seconds:
+            print(f"no time is left for a rate of {rate:g}")
             break
         works = ProfileWorks(CHAT, number, context, vocab_size_of(options))
         streams = await offer(answer, iter(works.next, None), rate, seconds, seed=number)
@@ -92,9 +98,11 @@ async def measure_open_loop(options: PartOptions, target: GrpcTarget) -> None:
         is_held = BOUNDS.holds(found)
         options.records.write("W6", model=options.model, rate=rate, **found, is_held=is_held)
         if not is_held:
+            is_bound = True
             break
         highest, rate = rate, rate * RATE_FACTOR
-    options.records.write("W6 highest rate", model=options.model, rate=highest)
+    options.records.write("W6 highest rate", model=options.model, rate=highest, is_bound=is_bound)
+    return is_bound or options.is_dry
 
 
 def vocab_size_of(options: PartOptions) -> int:

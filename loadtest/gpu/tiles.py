@@ -35,7 +35,7 @@ LEAST_SECONDS = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and writes. Returns the exit code."""
+    """Measures and writes. Returns the exit code: 1 where the present choice failed or the time was short."""
     options = parse_part("tiles", arguments)
     shapes = {name: shape_of(name, options.is_dry) for name in names_of(options.is_dry)}
     present = DRY_TILES if options.is_dry else TILES
@@ -44,12 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices = {phase: tried[:2] for phase, tried in choices.items()}
     else:
         compile_ahead(list(compilations(choices, shapes.values())), COMPILE_SHARE * options.left())
-    device = open_device(options.is_dry)
+    device, is_whole = open_device(options.is_dry), True
     for name, shape in shapes.items():
         cache = Cache(shape, DRY_POOL_TOKENS if options.is_dry else POOL_TOKENS, device)
         for phase, tried in choices.items():
-            measure_phase(options, name, phase, tried, cache)
-    return 0
+            is_whole &= measure_phase(options, name, phase, tried, cache)
+    return 0 if is_whole else 1
 
 
 def compilations(choices: Mapping[str, Sequence[Tiles]], shapes: Iterable[ModelShape]) -> Iterator[Call]:
@@ -81,13 +81,19 @@ def choices_of(phase: str, present: Tiles) -> Iterator[Tiles]:
         yield change(replace(tile, num_lanes=64, num_warps=4, num_stages=2))
 
 
-def measure_phase(options: PartOptions, name: str, phase: str, tried: Sequence[Tiles], cache: Cache) -> None:
-    """Every choice on every step of a phase, and which is best."""
+def measure_phase(options: PartOptions, name: str, phase: str, tried: Sequence[Tiles], cache: Cache) -> bool:
+    """Every choice on every step of a phase, and which is best.
+
+    Returns whether the time sufficed for all, and the present choice, the first, computed what it should.
+    """
     rates = rates_of(options)
     spans = (DRY_SPANS if options.is_dry else SPANS)[phase]
     seconds: dict[Tiles, list[float]] = {}
+    is_whole = True
     for tiles in tried:
         if options.left() < LEAST_SECONDS:
+            print(f"no time is left for {phase} of {name} with {tiles}")
+            is_whole = False
             break
         found = measure_choice(options, cache, spans, tiles)
         chosen = describe(phase, tiles)
@@ -109,6 +115,7 @@ def measure_phase(options: PartOptions, name: str, phase: str, tried: Sequence[T
             is_present=best == tried[0],
             time_by_present=scores[best],
         )
+    return is_whole and tried[0] in seconds
 
 
 def measure_choice(options: PartOptions, cache: Cache, spans: Sequence[Spans], tiles: Tiles) -> list[float] | str:

@@ -17,13 +17,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
-from loadtest.gpu.engine import LEAST_SECONDS
 from loadtest.gpu.measure import open_device
 from loadtest.gpu.records import PartOptions, parse_part
-from loadtest.gpu.works import CARD, DRY, closed_works
+from loadtest.gpu.summary import PEER
+from loadtest.gpu.works import CARD, DRY, LEAST_SECONDS, closed_works
 from loadtest.workloads import Work
 
-NAME = "transformers"
 NO_END = -1
 CONFIG = ContinuousBatchingConfig(allow_block_sharing=False)
 DRY_CONFIG = ContinuousBatchingConfig(allow_block_sharing=False, num_blocks=16, max_batch_tokens=64)
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 1
             options.records.write(
                 "workload",
-                engine=NAME,
+                engine=PEER,
                 version=transformers.__version__,
                 model=options.model,
                 workload=workload,
@@ -71,7 +70,7 @@ def load(options: PartOptions) -> Any:
     started_at = time.monotonic()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
     model = model.to(open_device(options.is_dry)).eval()
-    options.records.write("loaded", engine=NAME, model=options.model, seconds=time.monotonic() - started_at)
+    options.records.write("loaded", engine=PEER, model=options.model, seconds=time.monotonic() - started_at)
     return model
 
 

@@ -18,6 +18,8 @@ from loadtest.peers.works import SEED, STREAM_TOKENS, mixed_works
 from loadtest.workloads import Work, random_prompt, shared_prefix_works, uniform_works
 
 W2N_TEMPERATURE = 0.6
+LEAST_SECONDS = 10.0
+"""With less left, no workload is begun."""
 
 
 @dataclass(frozen=True, slots=True)

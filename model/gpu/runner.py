@@ -29,7 +29,7 @@ from model.gpu.loading import load_onto
 from model.gpu.products import Candidate, choose_product
 from model.gpu.slots import SlotMemory
 from model.gpu.step import DeviceStep
-from model.gpu.tiles import choose_tiles
+from model.gpu.tiles import BLOCK_SIZE, PROGRAMS_PER_MULTIPROCESSOR, choose_tiles
 from model.interface import (
     Admission,
     Backend,
@@ -46,10 +46,6 @@ from model.malloc import large_pieces_given_back
 from model.threads import plan_threads
 from model.weights import Progress
 
-BLOCK_SIZE = 64
-"""Positions of a block, where nothing else is asked for: a tile of keys lies in one block."""
-PROGRAMS_PER_MULTIPROCESSOR = 2
-"""Of attention: as many of its decode tiles as have room in shared memory."""
 RESERVE_BYTES = 2**30
 """Memory that stays free when the pool is made: for captured steps (what they take is logged) and for temporaries that
 come and go (log-probabilities, prompts that penalties count)."""

@@ -13,6 +13,10 @@ import triton
 
 from model.gpu.attention import DECODE, PREFILL, Tile
 
+BLOCK_SIZE = 64
+"""Positions of a block, where nothing else is asked for: a tile of keys lies in one block."""
+PROGRAMS_PER_MULTIPROCESSOR = 2
+"""Of attention: as many of its decode tiles as have room in shared memory."""
 SMALL_DECODE = replace(DECODE, num_stages=2)
 SMALL_PREFILL = replace(PREFILL, num_lanes=64, num_stages=2)
 FEW_LANES = replace(DECODE, split=PREFILL.split)

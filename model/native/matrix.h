@@ -127,8 +127,8 @@ INLINE vec scaled_codes(const Matrix *m, const Product *p, int row, int output, 
 typedef struct {
     int row, index, count;
     const uint32_t *x;  // [rows][row_words], from `row` on
-    // Room for the tile, or NULL: where the first block widens shorts for those after it. It holds one tile, so that
-    // blocks with room meet one tile at a time (num_tiles == 1).
+    // Room for the tile, or NULL: where the first block widens shorts for those after it, or codes were widened for all.
+    // It holds one tile, so that blocks with room meet one tile at a time (num_tiles == 1).
     uint32_t *wide;
 } Block;
 

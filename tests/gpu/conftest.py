@@ -7,17 +7,27 @@ from typing import Any
 import pytest
 
 
-class WithoutTriton(pytest.Module):
+class Unavailable(pytest.Module):
     """A file of tests that this machine cannot even import."""
 
+    reason: str
+
     def collect(self) -> list[pytest.Item]:
-        pytest.skip("triton is not installed; it has packages for Linux on x86-64 and 64-bit ARM only")
+        pytest.skip(self.reason)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    if importlib.util.find_spec("triton") is not None:
+    """The image of a card's machine may lack what the service needs; then the engine's tests are left out alone."""
+    reason = None
+    if importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed; it has packages for Linux on x86-64 and 64-bit ARM only"
+    elif "engine" in module_path.name and not all(map(importlib.util.find_spec, ("msgspec", "pydantic"))):
+        reason = "msgspec or pydantic is not installed, which the engine needs"
+    if reason is None:
         return None
-    return WithoutTriton.from_parent(parent, path=module_path)
+    module: Unavailable = Unavailable.from_parent(parent, path=module_path)
+    module.reason = reason
+    return module
 
 
 @pytest.fixture

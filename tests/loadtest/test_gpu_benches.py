@@ -108,7 +108,7 @@ def test_the_best_tile_is_the_quickest_and_one_that_does_not_fit_is_told(
     monkeypatch.setattr(tiles, "measure_choice", invented)
     monkeypatch.setattr(tiles, "rates_of", lambda options: RATES)
     options = options_in(tmp_path)
-    tiles.measure_phase(options, "1B", "decode", [DRY_TILES, misfit, faster], Cache(TINY, 256, CPU))
+    assert tiles.measure_phase(options, "1B", "decode", [DRY_TILES, misfit, faster], Cache(TINY, 256, CPU))
     *_, best = records = read_records(options.records.file)
     assert records[1]["failure"] == "ValueError: 24 keys: a power of two from 16 on is needed"
     assert best["kind"] == "best tile" and best["programs_per_multiprocessor"] == 1
@@ -118,7 +118,7 @@ def test_the_best_tile_is_the_quickest_and_one_that_does_not_fit_is_told(
 def test_no_choice_is_begun_when_the_time_is_short(tmp_path: Path) -> None:
     options = options_in(tmp_path, seconds=1.0)
     tiles.rates_of(options)
-    tiles.measure_phase(options, "1B", "decode", [DRY_TILES], Cache(TINY, 256, CPU))
+    assert not tiles.measure_phase(options, "1B", "decode", [DRY_TILES], Cache(TINY, 256, CPU))
     assert {record["kind"] for record in read_records(options.records.file)} == {"limits"}
 
 
@@ -317,7 +317,17 @@ def test_the_engines_workloads_are_all_there(models: Path, tmp_path: Path) -> No
     engine.main(["--dry", "--model", "1B", "--models", str(models), "--records", str(file)])
     found = [record["workload"] for record in read_records(file) if record["kind"] == "workload"]
     assert found == ["W1", "W2", "W4", "W4", "W5", "W2n"]
-    command = ["--dry", "--model", "1B", "--models", str(models), "--records", str(file), "--seconds", "1"]
+    command = [
+        "--dry",
+        "--model",
+        "1B",
+        "--models",
+        str(models),
+        "--records",
+        str(file),
+        "--until",
+        str(time.monotonic() + 1),
+    ]
     assert engine.main(command) == 1  # too little time for all is a failure
 
 
