@@ -43,8 +43,13 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["qui
 ENTRYPOINT ["quire"]
 CMD ["serve"]
 
-# The same server with torch's CUDA build.
+# The same server with torch's CUDA build, and the C compiler with which triton builds what loads its kernels.
 FROM runtime AS gpu
+USER 0:0
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 COPY --from=build-gpu /opt/quire /opt/quire
 
 # Last, so that a build without --target makes it.

@@ -7,6 +7,8 @@ is slow and everywhere. Either computes what model/transformer.py says. It does 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -44,11 +46,8 @@ class Assembled:
 
 MIN_CAPABILITY = (8, 0)
 """Of a card whose instructions the kernels in model/gpu are made of."""
-
-
-def has_card() -> bool:
-    """Whether torch has a card here that model/gpu computes on, and the compiler for its kernels."""
-    return find_card_fault() is None
+C_COMPILERS = ("gcc", "clang")
+"""With one of them, triton builds what loads kernels when the first is launched."""
 
 
 def find_card_fault() -> str | None:
@@ -60,6 +59,8 @@ def find_card_fault() -> str | None:
         return f"the card has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
     if find_spec("triton") is None:
         return "triton, which compiles the kernels for a card, is not installed"
+    if not (os.environ.get("CC") or any(map(shutil.which, C_COMPILERS))):
+        return f"triton needs a C compiler, and there is none of {', '.join(C_COMPILERS)}"
     return None
 
 

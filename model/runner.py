@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from model.backend import Forward, assemble, choose_kernels, has_card
+from model.backend import Forward, assemble, choose_kernels, find_card_fault
 from model.config import FAMILIES, ModelConfig, load_config
 from model.facts import facts_of, plan_shape
 from model.families.base import TensorMap
@@ -85,7 +85,10 @@ class TorchRunner:
 
 def load_runner(options: RunnerOptions, progress: Progress | None = None) -> tuple[Runner, ModelFacts]:
     """Loads, tests and warms up. Raises ValueError, in one line, for a directory or options that cannot be used."""
-    if options.backend is Backend.GPU or (options.backend is Backend.AUTO and has_card()):
+    fault = find_card_fault() if options.backend is Backend.AUTO else None
+    if fault is not None and torch.cuda.is_available():
+        _logger.warning("the CPU computes, though there is a card: %s", fault)
+    if options.backend is Backend.GPU or (options.backend is Backend.AUTO and fault is None):
         # By name: the kernels' compiler is imported where they are used.
         runner, facts = import_module("model.gpu.runner").load_device_runner(options, progress)
         return runner, facts

@@ -121,9 +121,8 @@ class CudaDevice:
         with torch.cuda.stream(self._captures):
             work()
             torch.cuda.synchronize()
-            graph.capture_begin(pool=self._pool)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._captures):
             work()
-            graph.capture_end()
         return graph.replay
 
     def free_bytes(self) -> int:

@@ -48,7 +48,7 @@ from model.weights import Progress
 
 RESERVE_BYTES = 2**30
 """Memory that stays free when the pool is made: for captured steps (what they take is logged) and for temporaries that
-come and go (log-probabilities, prompts that penalties count)."""
+come and go (log-probabilities, prompts that penalties count, rows that a product is padded with)."""
 MIB = 2**20
 DEMANDING = Sampling(repetition_penalty=1.1, num_logprobs=20)
 
@@ -191,9 +191,11 @@ def _make_attention(config: ModelConfig, shape: RunnerShape, dtype: torch.dtype,
 
 def _count_blocks(config: ModelConfig, options: RunnerOptions, block_size: int, device: Device) -> int:
     """How many blocks the pool gets. Raises ValueError where there is no memory for what was asked for."""
-    if options.num_blocks is not None:
-        return options.num_blocks
     free_bytes = max(device.free_bytes() - RESERVE_BYTES, 0)
+    if options.num_blocks is not None:
+        if options.num_blocks * block_size * config.kv_bytes_per_token(options.dtype) > free_bytes:
+            raise ValueError(f"no memory for a key/value cache of {options.num_blocks} blocks")
+        return options.num_blocks
     budget = free_bytes if options.kv_cache_bytes is None else options.kv_cache_bytes
     if budget > free_bytes:
         raise ValueError(f"kv_cache_mib: {device.name} has {free_bytes // MIB} MiB left, not {budget // MIB}")

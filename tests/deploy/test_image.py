@@ -43,9 +43,11 @@ def test_hadolint_finds_a_planted_mistake(tmp_path: Path) -> None:
     assert "DL3007" in done.stdout
 
 
-def test_cpu_is_the_default_target_and_gpu_differs_by_the_torch_build_only(stages: dict[str, str]) -> None:
+def test_cpu_is_the_default_target_and_gpu_differs_by_torchs_build_and_a_compiler(stages: dict[str, str]) -> None:
     assert list(stages)[-1] == "cpu"
-    assert stages["gpu"].strip() == stages["cpu"].replace("build-cpu", "build-gpu").strip()
+    compiler, user, *rest = stages["gpu"].strip().removeprefix("USER 0:0\n").split("\n")
+    assert "install --yes --no-install-recommends gcc libc6-dev" in compiler and user == "USER 10001:10001"
+    assert "\n".join(rest) == stages["cpu"].replace("build-cpu", "build-gpu").strip()
     cpu, gpu = stages["build-cpu"].strip(), stages["build-gpu"].strip()
     assert gpu == cpu.replace("--torch-backend cpu", "--torch-backend cu130")
 

@@ -22,7 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from model.gpu.device import Work
 from model.gpu.products import Candidate, library_product
 
-FREE_BYTES = 2**30
+FREE_BYTES = 2**31
 LIBRARY = (Candidate("library", library_product),)
 """For runners whose products are not what is tested: a choice takes its time."""
 POISON = 0x5A

@@ -87,6 +87,7 @@ def test_what_graphs_take_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
         ({"block_size": 48}, "block_size: .*a power of two"),
         ({"kv_cache_bytes": 2**30 + 2**20}, "kv_cache_mib: late device has 1024 MiB left, not 1025"),
         ({"kv_cache_bytes": 100}, "needs 16384 bytes for one block, the budget is 100"),
+        ({"num_blocks": 2**20}, "no memory for a key/value cache of 1048576 blocks"),
         ({"num_blocks": 2**44}, "no memory for a key/value cache of 17592186044416 blocks"),
         ({"model_dir": "/nowhere"}, "No such file"),
     ],
@@ -151,3 +152,20 @@ def test_a_card_is_used_where_it_can_be(
     for asked in (Backend.AUTO, Backend.GPU, Backend.NATIVE, Backend.TORCH):
         load_runner(options(tmp_path, backend=asked))
     assert loaded == ["card" if fault is None else "CPU", "card", "CPU", "CPU"]
+
+
+def test_a_card_without_a_c_compiler_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """triton would fail at the first launch. That the CPU computes beside a card is no secret."""
+    monkeypatch.setattr(backend.torch, "cuda", Cuda.of((9, 0)))
+    monkeypatch.setattr(backend, "find_spec", lambda name: True)
+    monkeypatch.setenv("CC", "a-compiler")
+    assert backend.find_card_fault() is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    fault = "triton needs a C compiler, and there is none of gcc, clang"
+    assert backend.find_card_fault() == fault
+    monkeypatch.setattr(cpu_runner, "load_torch_runner", lambda *arguments: ("CPU", "facts"))
+    assert load_runner(options(tmp_path, backend=Backend.AUTO)) == ("CPU", "facts")
+    assert f"the CPU computes, though there is a card: {fault}" in caplog.text
