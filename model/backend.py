@@ -7,7 +7,6 @@ is slow and everywhere. Either computes what model/transformer.py says. It does 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ def find_card_fault() -> str | None:
         return f"the card has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
     if find_spec("triton") is None:
         return "triton, which compiles the kernels for a card, is not installed"
-    if not (os.environ.get("CC") or any(map(shutil.which, C_COMPILERS))):
+    if not any(map(shutil.which, C_COMPILERS)):
         return f"triton needs a C compiler, and there is none of {', '.join(C_COMPILERS)}"
     return None
 

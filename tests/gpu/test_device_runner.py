@@ -271,6 +271,7 @@ def reuse_at_once(mine: DeviceRunner) -> Callable[[DeviceRunner], device_runner.
     return lambda runner: piece
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["pinned memory is written too early", "results are overwritten"])
 def test_the_device_of_these_tests_shows_faults(model_dir: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """A single sequence that decodes, so that wrong inputs are those of another step and nothing worse."""

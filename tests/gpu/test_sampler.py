@@ -120,10 +120,10 @@ def test_noise_is_that_of_the_cpu(seed):
         (97, "equal"),
         (97, "one"),
         (1000, "normal"),
-        (1000, "forbidden"),
-        (1000, "equal"),
+        pytest.param(1000, "forbidden", marks=pytest.mark.slow),
+        pytest.param(1000, "equal", marks=pytest.mark.slow),
         (4096, "normal"),
-        (8300, "bfloat16"),
+        pytest.param(8300, "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_tokens_are_those_of_the_cpu(vocab_size, kind):
