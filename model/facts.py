@@ -9,9 +9,7 @@ from model.config import ModelConfig
 from model.interface import Backend, ModelFacts, RunnerOptions, RunnerShape
 
 
-def plan_shape(
-    config: ModelConfig, options: RunnerOptions, *, num_blocks: int, block_size: int, runs_ahead: bool = False
-) -> RunnerShape:
+def plan_shape(config: ModelConfig, options: RunnerOptions, *, num_blocks: int, block_size: int) -> RunnerShape:
     """The sizes that the options ask for, with this pool. Raises ValueError for a context longer than the model's."""
     context_length = options.context_length or config.context_length
     if context_length > config.context_length:
@@ -23,7 +21,6 @@ def plan_shape(
         context_length=context_length,
         vocab_size=config.vocab_size,
         max_batch_tokens=options.max_batch_tokens,
-        runs_ahead=runs_ahead,
     )
 
 

@@ -124,6 +124,12 @@ class RunnerShape:
     max_batch_tokens: int
     runs_ahead: bool = False
     """Whether `launch` returns before its step is done, so that it pays to launch the next one meanwhile."""
+    max_generated_tokens: int | None = None
+    """Tokens behind their sequences' prompts that a step has at most; at least `num_slots`. None: as many as there are.
+
+    A runner that says a number computes them in another way than prompts, whose keys and values may have other bits:
+    blocks of the one kind must not serve as the other.
+    """
 
 
 class Runner(Protocol):

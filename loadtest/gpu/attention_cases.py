@@ -134,7 +134,8 @@ class Case:
         return relative_error(torch.cat(found), torch.cat(expected))
 
 
-def _lengths(spans: Spans) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Where each row's tokens begin in the step, int32 [R + 1], and the rows' contexts, int32 [R]."""
+def _lengths(spans: Spans) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Where each row's tokens begin in the step, int32 [R + 1], and the rows' contexts and prompts, int32 [R]."""
     starts = np.array([0, *accumulate([spans.num_tokens] * spans.num_rows)], np.int32)
-    return starts, np.full(spans.num_rows, spans.context, np.int32)
+    contexts = np.full(spans.num_rows, spans.context, np.int32)
+    return starts, contexts, contexts * (not spans.is_decode)

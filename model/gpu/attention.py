@@ -15,13 +15,13 @@ key/value head; the query heads that share that head are lanes of the tile besid
 The softmax is online, over tiles of keys in ascending order, in float32 and powers of two. Only tiles of keys that some
 lane sees a part of are masked: a prompt's last ones and, with a window, the first.
 
-What a token's bits depend on: its query, what it sees, and its kind of tile, decode (rows of one token) or prefill.
-Not on the batch, the cut of a prompt into chunks of two or more tokens, the block ids, or the grid. It holds because
+What a token's bits depend on: its query, what it sees, and its kind of tile, prefill (tokens of prompts) or decode
+(those behind them). Not on the batch, the cut of its sequence into steps, the block ids, or the grid. It holds because
 tiles of keys and splits begin at multiples of their sizes; because masked and plain tiles compute alike (products that
 are added to something are fused by name, not as the compiler pleases); because a tile of keys that a lane does not see
 adds zeros and multiplies by one; and because splits are merged one after another, where one that is empty changes
 nothing. Decode and prefill may differ in the last bits: tensor cores add up in other ways, and so do reductions of
-other tiles. Who needs them equal gives both kinds the same Tile: then there is only one way, whatever the step.
+other tiles. So the engine keeps their blocks apart (RunnerShape.max_generated_tokens).
 
     T query tokens of a step    R rows          H query heads    K key/value heads    D head size
     M lanes of a tile           N keys of a tile
@@ -131,11 +131,17 @@ class PagedAttention:
         self._peaks = torch.empty(places, dtype=torch.float32, device=device)
         self._totals = torch.empty(places, dtype=torch.float32, device=device)
 
-    def plan(self, query_starts: NDArray[np.int32], context_lens: NDArray[np.int32]) -> NDArray[np.int32]:
+    def plan(
+        self,
+        query_starts: NDArray[np.int32],
+        context_lens: NDArray[np.int32],
+        prompt_lens: NDArray[np.integer[Any]],
+    ) -> NDArray[np.int32]:
         """The plan of a step, int32 [at most the length of `work`], for the host to bring to `work`.
 
-        Row r brings the query tokens [query_starts[r], query_starts[r + 1]), the last of its context_lens[r] positions;
-        a row whose context is 0 is padding. Raises ValueError for a step beyond the limits.
+        Row r brings the query tokens [query_starts[r], query_starts[r + 1]), the last of its context_lens[r] positions,
+        of which the first prompt_lens[r] are its prompt's; a row whose context is 0 is padding. Tokens behind prompts
+        must be no more than `max_rows`. Raises ValueError for a step beyond the limits.
         """
         num_rows, num_tokens = len(context_lens), int(query_starts[-1])
         longest = int(context_lens.max(initial=0))
@@ -144,7 +150,11 @@ class PagedAttention:
                 f"{num_rows} rows, {num_tokens} tokens, contexts up to {longest}: "
                 f"at most {self._max_rows}, {self._max_tokens} and {self._max_context} are planned for"
             )
-        return work.plan_work(query_starts, context_lens, *self._cuts)
+        counts = query_starts[1:] - query_starts[:-1]
+        num_behind = int(np.minimum(counts, context_lens - prompt_lens).clip(min=0).sum())
+        if num_behind > self._max_rows:
+            raise ValueError(f"{num_behind} tokens lie behind their prompts: at most {self._max_rows} are planned for")
+        return work.plan_work(query_starts, context_lens, prompt_lens, *self._cuts)
 
     def load(self, plan: NDArray[np.int32]) -> None:
         """Brings a plan to the device, and waits until it is there."""
@@ -167,8 +177,8 @@ class PagedAttention:
         `q_THD` [T, H, D] may be a part of a wider row, its heads side by side; the caches are of Layout.PLAIN,
         contiguous [num_blocks, K, block_size, D]; `block_tables` int32 [R, blocks]; `out_THD` contiguous. All but the
         tables have one dtype and begin at multiples of 16 bytes. `sinks_H` float32 [H] are logits that take part in the
-        sums of the softmax only. `is_decode_only` leaves out the launch for rows of more than one token: none may be in
-        the plan. `plan` is where one lies that the caller has brought to the device; without it, `load` has.
+        sums of the softmax only. `is_decode_only` leaves out the launch for tokens of prompts: none may be in the
+        plan. `plan` is where one lies that the caller has brought to the device; without it, `load` has.
         """
         heads = self._heads
         assert q_THD.stride()[1:] == (heads.head_dim, 1) and block_tables.stride(1) == 1

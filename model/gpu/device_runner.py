@@ -74,9 +74,10 @@ class Piece:
 
 
 class Asked:
-    """What the host must know by slot to launch a draw."""
+    """What the host must know by slot to launch a step."""
 
     def __init__(self, num_slots: int) -> None:
+        self.prompt_lens_S = np.zeros(num_slots, dtype=np.int64)
         self.num_logprobs_S = np.full(num_slots, NO_LOGPROBS)
         self._is_changed_S = np.zeros(num_slots, dtype=np.bool_)
         self._ban_until_S = np.zeros(num_slots, dtype=np.int64)
@@ -84,6 +85,7 @@ class Asked:
     def admit(self, slot: int, admission: Admission) -> bool:
         """Takes what a sequence asks for. Returns whether its known tokens must be counted."""
         state, may_end = SlotState.of(admission), admission.num_prompt + admission.min_new_tokens
+        self.prompt_lens_S[slot] = admission.num_prompt
         self.num_logprobs_S[slot] = admission.sampling.num_logprobs
         self._is_changed_S[slot] = state.changes_logits(may_end)
         self._ban_until_S[slot] = may_end if admission.end_token_ids else 0
@@ -118,7 +120,7 @@ class DeviceRunner:
     def launch(self, batch: Batch) -> DevicePending:
         """Starts a step. Tokens that it draws are known to their slots at once; rows need not bring them back."""
         self._take_in(batch)
-        rows = read_rows(batch.rows, self._tables)
+        rows = read_rows(batch.rows, self._tables, self._asked.prompt_lens_S)
         _, slots_W, positions_W = rows.wanted
         piece = self._next_piece()
         wanted = self._asked.num_logprobs_S[slots_W]
@@ -175,7 +177,7 @@ class DeviceRunner:
 
     def _bring(self, rows: StepRows, piece: Piece, size: Size, asking: Ints) -> None:
         """Packs a step's inputs, padded to a size and to a draw's bucket, and has them brought to the device."""
-        plan = self._attention.plan(rows.query_starts, rows.ends_R)
+        plan = self._attention.plan(rows.query_starts, rows.ends_R, rows.prompt_lens_R)
         name_sequences(plan, rows.slots_R)
         patch = self._step.slots.take_patch()
         num_wanted = max(size.num_wanted, self._buckets.of_rows(rows.num_wanted))

@@ -152,7 +152,8 @@ class Forward:
     ) -> None:
         """Computes one step: keys and values go to the cache, logits of the wanted places to `logits_WV`.
 
-        The plan calls its sequences by their rows in `block_tables`. With `is_decode_only`, each has one token.
+        The plan calls its sequences by their rows in `block_tables`. With `is_decode_only`, none brings a part of its
+        prompt.
         """
         parameters, epsilon = self._parameters, self._config.norm_epsilon
         num_tokens, num_wanted = len(tokens.ids_T), len(places_W)

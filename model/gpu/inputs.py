@@ -50,6 +50,7 @@ class StepRows:
     """[R + 1]: the tokens of row r are [query_starts[r], query_starts[r + 1])."""
     ends_R: Words
     """Positions that a row's last token sees, its own with them."""
+    prompt_lens_R: Ints
     tokens: tuple[Ints, ...]
     """The columns of the tokens, [T] each."""
     wanted: tuple[Ints, ...]
@@ -65,12 +66,12 @@ class StepRows:
 
     @property
     def is_decode(self) -> bool:
-        """Whether each row has one token."""
-        return self.num_tokens == len(self.slots_R)
+        """Whether each row has one token, and one behind its prompt."""
+        return self.num_tokens == len(self.slots_R) and bool((self.ends_R > self.prompt_lens_R).all())
 
 
-def read_rows(rows: Sequence[Row], tables: SlotTables) -> StepRows:
-    """The arrays of rows that the tables have taken in."""
+def read_rows(rows: Sequence[Row], tables: SlotTables, prompt_lens_S: Ints) -> StepRows:
+    """The arrays of rows that the tables have taken in; `prompt_lens_S` are the lengths of their slots' prompts."""
     slots_R = np.array([row.slot for row in rows])
     positions_T = starts_R = np.array([row.start for row in rows])
     counts_R = np.array([row.num_tokens for row in rows])
@@ -86,6 +87,7 @@ def read_rows(rows: Sequence[Row], tables: SlotTables) -> StepRows:
         slots_R=slots_R,
         query_starts=query_starts,
         ends_R=ends_R.astype(np.int32),
+        prompt_lens_R=prompt_lens_S[slots_R],
         tokens=(ids_T, positions_T, slots_T, blocks_T, offsets_T),
         wanted=(query_starts[1:][wanting] - 1, slots_R[wanting], ends_R[wanting]),
     )
@@ -95,6 +97,7 @@ PADDING = StepRows(
     slots_R=np.zeros(0, np.int64),
     query_starts=np.zeros(1, np.int32),
     ends_R=np.zeros(0, np.int32),
+    prompt_lens_R=np.zeros(0, np.int64),
     tokens=(np.zeros(0, np.int64),) * len(TOKEN_PADDING),
     wanted=(np.zeros(0, np.int64),) * len(WANTED_PADDING),
 )

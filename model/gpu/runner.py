@@ -75,7 +75,8 @@ def load_device_runner(
         device = CudaDevice()
     torch.set_num_threads(plan_threads(options.num_threads, pins=False).num_threads)
     config = load_config(Path(options.model_dir))
-    shape = plan_shape(config, options, num_blocks=0, block_size=options.block_size or BLOCK_SIZE, runs_ahead=True)
+    shape = plan_shape(config, options, num_blocks=0, block_size=options.block_size or BLOCK_SIZE)
+    shape = replace(shape, runs_ahead=True, max_generated_tokens=shape.num_slots)
     tensor_map: TensorMap = import_module(FAMILIES[config.architecture]).tensor_map(config)
     dtype = getattr(torch, options.dtype.value)
     with large_pieces_given_back():
@@ -102,7 +103,7 @@ def load_device_runner(
 
 
 def warm_up(runner: DeviceRunner) -> None:
-    """Computes the largest step of prompts and the largest one of single tokens, in all slots, which are still free.
+    """Computes the largest step of prompts and the largest one of generated tokens, in all slots, which are still free.
 
     All rows ask for whatever takes memory, and share the first blocks: nobody reads what is in them.
     """
@@ -110,15 +111,16 @@ def warm_up(runner: DeviceRunner) -> None:
     num_rows = min(shape.num_slots, shape.max_batch_tokens)
     num_left, rows = shape.max_batch_tokens, list[Row]()
     while num_left and len(rows) < num_rows:
-        rows.append(_first_row(len(rows), min(num_left, shape.context_length), shape.block_size))
-        num_left -= rows[-1].num_tokens
-    singles = [_first_row(slot, 1, shape.block_size) for slot in range(num_rows)]
+        num_tokens = min(num_left, shape.context_length)
+        rows.append(_first_row(len(rows), num_tokens, num_tokens, shape.block_size))
+        num_left -= num_tokens
+    singles = [_first_row(slot, 1, 0, shape.block_size) for slot in range(num_rows)]
     for step in (rows, singles):
         runner.launch(Batch(step, sum(row.num_tokens for row in step))).result()
 
 
-def _first_row(slot: int, num_tokens: int, block_size: int) -> Row:
-    admission = Admission([0] * num_tokens, num_tokens, DEMANDING)
+def _first_row(slot: int, num_tokens: int, num_prompt: int, block_size: int) -> Row:
+    admission = Admission([0] * num_tokens, num_prompt, DEMANDING)
     return Row(slot, 0, num_tokens, range(-(-num_tokens // block_size)), wants_token=True, admission=admission)
 
 

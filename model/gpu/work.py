@@ -21,7 +21,9 @@ A plan is one array of int32:
              kv_lo, kv_hi, place of the first token's partial result, number of the tile's splits
     merges   four numbers each: query token of the step, place of its first partial result, their number, zero
 
-A row of one query token is decode, any other is prefill. Rows without tokens or without context are padding.
+Tokens of a prompt are prefill's. Those behind it are decode's, each a tile of its own, also where a step brings several
+of a row, as after a preemption: a token's kind never depends on how its row was cut into steps. Rows without tokens or
+without context are padding.
 """
 
 from __future__ import annotations
@@ -69,7 +71,10 @@ class Capacity:
 
 
 def capacity_of(decode: Cut, prefill: Cut, max_rows: int, max_tokens: int, max_context: int) -> Capacity:
-    """What plans need of steps of at most so many rows and query tokens, with contexts of at most `max_context`."""
+    """What plans need of steps of at most so many rows and query tokens, with contexts of at most `max_context`.
+
+    Tokens of decode are at most as many as rows.
+    """
     max_tiles = max_tokens // prefill.num_queries + max_rows
     decode_splits, prefill_splits = decode.max_splits(max_context), prefill.max_splits(max_context)
     num_items = max_rows * decode_splits + max_tiles * prefill_splits
@@ -79,20 +84,26 @@ def capacity_of(decode: Cut, prefill: Cut, max_rows: int, max_tokens: int, max_c
 
 
 def plan_work(
-    query_starts: NDArray[np.int32], context_lens: NDArray[np.int32], decode: Cut, prefill: Cut
+    query_starts: NDArray[np.int32],
+    context_lens: NDArray[np.int32],
+    prompt_lens: NDArray[np.integer[Any]],
+    decode: Cut,
+    prefill: Cut,
 ) -> NDArray[np.int32]:
     """The plan of one step: int32, one dimension.
 
-    Row r brings the query tokens [query_starts[r], query_starts[r + 1]), the last of its context_lens[r] positions.
+    Row r brings the query tokens [query_starts[r], query_starts[r + 1]), the last of its context_lens[r] positions; the
+    first prompt_lens[r] positions of all are its prompt's.
     """
     starts, counts = query_starts[:-1], query_starts[1:] - query_starts[:-1]
-    is_live = (counts > 0) & (context_lens > 0)
-    assert (counts <= context_lens)[is_live].all()
-    rows, longer = (is_live & (counts == 1)).nonzero()[0], (is_live & (counts > 1)).nonzero()[0]
-    tiles = Tiles(rows, starts[rows], np.ones_like(rows), context_lens[rows] - 1)
-    decode_items, decode_merges = _split(tiles, decode, first_place=0)
+    counts = np.where(context_lens > 0, counts, 0)
+    first_positions = context_lens - counts
+    assert (first_positions >= 0).all()
+    num_of_prompt = (prompt_lens - first_positions).clip(0, counts)
+    behind = starts + num_of_prompt, counts - num_of_prompt, first_positions + num_of_prompt
+    decode_items, decode_merges = _split(_cut_rows(*behind, most=1), decode, first_place=0)
     first_place = int(decode_merges[:, 2].sum())
-    tiles = _cut_rows(longer, starts, counts, context_lens, prefill.num_queries)
+    tiles = _cut_rows(starts, num_of_prompt, first_positions, prefill.num_queries)
     prefill_items, prefill_merges = _split(tiles, prefill, first_place)
     header = np.zeros(HEADER_SIZE, np.int32)
     header[:3] = len(decode_items), len(prefill_items), len(decode_merges) + len(prefill_merges)
@@ -116,17 +127,21 @@ class Tiles(NamedTuple):
     first_position: Ints
 
 
-def _cut_rows(rows: Ints, starts: Ints, counts: Ints, context_lens: Ints, most: int) -> Tiles:
-    """The tiles of some rows, of at most so many query tokens."""
+def _cut_rows(first_queries: Ints, counts: Ints, first_positions: Ints, most: int) -> Tiles:
+    """The tiles of at most so many query tokens of rows that bring `counts` of them."""
+    rows = counts.nonzero()[0]
     if not len(rows):  # as in most steps
         return Tiles(rows, rows, rows, rows)
-    owner, place = _expand(-(-counts[rows] // most))
+    num_tiles = -(-counts[rows] // most)
+    if num_tiles.max() == 1:  # likewise
+        return Tiles(rows, first_queries[rows], counts[rows], first_positions[rows])
+    owner, place = _expand(num_tiles)
     row, before = rows[owner], place * most
     return Tiles(
         row,
-        first_query=starts[row] + before,
+        first_query=first_queries[row] + before,
         num_queries=np.minimum(most, counts[row] - before),
-        first_position=context_lens[row] - counts[row] + before,
+        first_position=first_positions[row] + before,
     )
 
 

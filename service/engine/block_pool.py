@@ -7,7 +7,8 @@ It does not know sequences, steps or tensors. A block is in exactly one of three
     free            ref_count = 0, no name
 
 The last two share one list in eviction order: nameless blocks first, then the least recently used prefix. A digest is
-chained: it covers the block's tokens and, through the digest before, its whole prefix and the cache root.
+chained: it covers the block's tokens and, through the digest before, its whole prefix and the cache root. Where a
+runner's generated tokens may have other bits than a prompt's, it covers too how many of the tokens were a prompt's.
 """
 
 from __future__ import annotations
@@ -36,18 +37,23 @@ def root_digest(cache_root: bytes) -> bytes:
     return blake2b(cache_root, digest_size=DIGEST_BYTES, person=b"root").digest()
 
 
-def chain_digest(previous: bytes, token_ids: Sequence[int]) -> bytes:
-    """The digest of a full block that follows `previous`."""
-    return blake2b(previous + array("I", token_ids).tobytes(), digest_size=DIGEST_BYTES).digest()
+def chain_digest(previous: bytes, token_ids: Sequence[int], num_prompt: int) -> bytes:
+    """The digest of a full block that follows `previous`, and whose first `num_prompt` tokens are a prompt's."""
+    words = array("I", token_ids)
+    if num_prompt < len(words):
+        words.append(num_prompt)
+    return blake2b(previous + words.tobytes(), digest_size=DIGEST_BYTES).digest()
 
 
 class BlockPool:
     """Blocks 0 to num_blocks - 1, each of block_size positions."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, keeps_apart: bool = False) -> None:
+        """With `keeps_apart`, a block of generated tokens has another name than one of the same tokens in a prompt."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError("a pool needs at least one block of at least one position")
         self.block_size = block_size
+        self._keeps_apart = keeps_apart
         self._blocks = [Block(index) for index in range(num_blocks)]
         self._unreferenced: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._by_digest: dict[bytes, Block] = {}
@@ -72,14 +78,16 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def extend_digests(
-        self, digests: list[bytes], cache_root: bytes, token_ids: Sequence[int], num_blocks: int
+        self, digests: list[bytes], cache_root: bytes, token_ids: Sequence[int], num_prompt: int, num_blocks: int
     ) -> None:
         """Makes `digests` name at least the first `num_blocks` blocks of these tokens, all of them full."""
         size = self.block_size
+        num_left = num_prompt - len(digests) * size if self._keeps_apart else len(token_ids)
         previous = digests[-1] if digests else root_digest(cache_root)
         new_ids = array("I", token_ids[len(digests) * size : num_blocks * size])
         for start in range(0, len(new_ids), size):
-            previous = chain_digest(previous, new_ids[start : start + size])
+            of_prompt = min(max(num_left - start, 0), size)
+            previous = chain_digest(previous, new_ids[start : start + size], of_prompt)
             digests.append(previous)
 
     def match(self, digests: Sequence[bytes], token_ids: Sequence[int]) -> list[int]:

@@ -55,8 +55,10 @@ class Engine:
         budget = PrefillBudget(
             shape.max_batch_tokens, shape.block_size, options.target_itl_seconds, options.max_prefill_chunk
         )
-        pool = BlockPool(shape.num_blocks, shape.block_size)
-        self.scheduler = Scheduler(pool, budget, shape.num_slots, shape.max_batch_tokens)
+        pool = BlockPool(shape.num_blocks, shape.block_size, keeps_apart=shape.max_generated_tokens is not None)
+        self.scheduler = Scheduler(
+            pool, budget, shape.num_slots, shape.max_batch_tokens, max_generated_tokens=shape.max_generated_tokens
+        )
         self._runner = runner
         self._options = options
         self._clock = clock

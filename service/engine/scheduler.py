@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections.abc
 from bisect import insort
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from math import inf
 from operator import attrgetter
 
@@ -31,6 +32,24 @@ PickVictim = Callable[[collections.abc.Sequence[Sequence]], Sequence]
 _rank = attrgetter("rank")
 
 
+@dataclass(slots=True)
+class Room:
+    """What a step has room for beside its rows of one token."""
+
+    num_tokens: int
+    num_generated: int
+    """Of these, how many may lie behind their sequences' prompts."""
+
+    def most(self, sequence: Sequence, start: int) -> int:
+        """Tokens that it has room for of this sequence from `start` on."""
+        return min(self.num_tokens, max(sequence.num_prompt - start, 0) + self.num_generated)
+
+    def take(self, sequence: Sequence, start: int, num_tokens: int) -> None:
+        """Gives room to that many tokens."""
+        self.num_tokens -= num_tokens
+        self.num_generated -= max(start + num_tokens - max(start, sequence.num_prompt), 0)
+
+
 class Scheduler:
     """Continuous batching over a block pool."""
 
@@ -41,6 +60,7 @@ class Scheduler:
         num_slots: int,
         max_batch_tokens: int,
         pick_victim: PickVictim = last_in_order,
+        max_generated_tokens: int | None = None,
     ) -> None:
         self.pool = pool
         self.budget = budget
@@ -49,6 +69,7 @@ class Scheduler:
         self._pick_victim = pick_victim
         # Every running sequence can have a token in every step, so none starves for want of budget.
         self._num_slots = min(num_slots, max_batch_tokens)
+        self._max_generated_tokens = max_generated_tokens or max_batch_tokens
         self._free_slots = list(reversed(range(self._num_slots)))
         self._by_slot: dict[int, Sequence] = {}
         self._open: dict[int, Sequence] = {}
@@ -115,8 +136,7 @@ class Scheduler:
         """The next step. Sequences past their deadline end first; then the running go on; then the waiting start."""
         self._expire(now)
         rows: list[Row] = []
-        share = self._continue(rows)
-        self._admit(rows, share, now)
+        self._admit(rows, self._continue(rows), now)
         num_tokens = sum([row.num_tokens for row in rows])
         self._only_decodes = num_tokens == len(rows)
         return Batch(rows, num_tokens)
@@ -166,18 +186,21 @@ class Scheduler:
             self._finish(sequence, FinishCode.DEADLINE)
         self._no_deadline_before = min((one.limits.deadline for one in self._open.values()), default=inf)
 
-    def _continue(self, rows: list[Row]) -> int:
-        """Adds the rows of running sequences that can have blocks. Returns what is left of the prefill share.
+    def _continue(self, rows: list[Row]) -> Room:
+        """Adds the rows of running sequences that can have blocks. Returns what room is left.
 
-        A row of one token is outside the share: the budget set those aside.
+        A row of one token needs none of it: the budget set those aside.
         """
         order = tuple(self._running)
         uncomputed = [sequence.num_uncomputed for sequence in order]
-        share = self.budget.share(uncomputed.count(1))
+        num_single = uncomputed.count(1)
+        room = Room(self.budget.share(num_single), self._max_generated_tokens - num_single)
         running, block_size = State.RUNNING, self.pool.block_size
         for index, sequence in enumerate(order):
             num_uncomputed = uncomputed[index]
-            num_tokens = 1 if num_uncomputed == 1 else min(num_uncomputed, share)
+            num_tokens = 1
+            if num_uncomputed != 1:
+                num_tokens = min(num_uncomputed, room.most(sequence, sequence.num_computed))
             if num_tokens == 0 or sequence.state is not running:
                 continue
             block_ids: collections.abc.Sequence[int] | None = ()
@@ -186,9 +209,9 @@ class Scheduler:
             if block_ids is None:
                 continue
             if num_uncomputed > 1:
-                share -= num_tokens
+                room.take(sequence, sequence.num_computed, num_tokens)
             rows.append(self._row(sequence, num_tokens, block_ids))
-        return share
+        return room
 
     def _grow(
         self, sequence: Sequence, num_tokens: int, no_earlier: collections.abc.Sequence[Sequence]
@@ -208,27 +231,28 @@ class Scheduler:
         sequence.block_table += block_ids
         return block_ids
 
-    def _admit(self, rows: list[Row], share: int, now: float) -> None:
-        """Starts waiting sequences, strictly in order, while slots, blocks and the share last.
+    def _admit(self, rows: list[Row], room: Room, now: float) -> None:
+        """Starts waiting sequences, strictly in order, while slots, blocks and room last.
 
         One starts where all its tokens can have blocks beside what is promised to the running: more would only be
         preempted again, or take what a running one waits for. With nothing running it comes down to the pool's size.
         """
-        if not (share > 0 and self._waiting and self._free_slots):
+        if not (room.num_tokens > 0 and self._waiting and self._free_slots):
             return
         promised = self._promised_blocks(self._running)
-        while share > 0 and self._waiting and self._free_slots:
+        while room.num_tokens > 0 and self._waiting and self._free_slots:
             sequence = self._waiting[0]
             cached = self._find_prefix(sequence)
-            if promised + self._needed_blocks(sequence, cached) > self.pool.num_allocatable:
+            most = room.most(sequence, len(cached) * self.pool.block_size)
+            if most == 0 or promised + self._needed_blocks(sequence, cached) > self.pool.num_allocatable:
                 return
             del self._waiting[0]
             self._start(sequence, cached, now)
-            num_tokens = min(sequence.num_uncomputed, share)
+            num_tokens = min(sequence.num_uncomputed, most)
             new = self._grow(sequence, num_tokens, (sequence,))
             assert new is not None, "whoever fits gets its blocks"
+            room.take(sequence, sequence.num_computed, num_tokens)
             rows.append(self._row(sequence, num_tokens, (*cached, *new), sequence.admission()))
-            share -= num_tokens
             promised += self._promised_blocks([sequence])
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
@@ -236,8 +260,12 @@ class Scheduler:
         if sequence.cache_root is None:
             return []
         most = (len(sequence.token_ids) - 1) // self.pool.block_size
-        self.pool.extend_digests(sequence.digests, sequence.cache_root, sequence.token_ids, most)
+        self._name_blocks(sequence, sequence.cache_root, most)
         return self.pool.match(sequence.digests[:most], sequence.token_ids)
+
+    def _name_blocks(self, sequence: Sequence, cache_root: bytes, num_blocks: int) -> None:
+        """Has the sequence know the digests of its first blocks."""
+        self.pool.extend_digests(sequence.digests, cache_root, sequence.token_ids, sequence.num_prompt, num_blocks)
 
     def _promised_blocks(self, sequences: Iterable[Sequence]) -> int:
         """Blocks that these will still take for the tokens that exist, and one more for each."""
@@ -288,7 +316,7 @@ class Scheduler:
         num_full = num_computed // size
         if sequence.cache_root is None or num_full <= sequence.num_published:
             return
-        self.pool.extend_digests(sequence.digests, sequence.cache_root, sequence.token_ids, num_full)
+        self._name_blocks(sequence, sequence.cache_root, num_full)
         for index in range(sequence.num_published, num_full):
             token_ids = sequence.token_ids[index * size : (index + 1) * size]
             self.pool.publish(sequence.block_table[index], sequence.digests[index], token_ids)

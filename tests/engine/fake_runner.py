@@ -2,7 +2,8 @@
 
 The token drawn at a position depends on the whole history before it, and that history is read back through the block
 table: each position of a block holds a chained hash of the tokens up to it, as keys and values would. So a wrong block,
-a stale one, one that was freed too early or shared for writing changes the output, or fails an assertion at once.
+a stale one, one that was freed too early or shared for writing changes the output, or fails an assertion at once. With
+a limit on generated tokens, a block of them serves nobody whose prompt has the same ones.
 Steps are computed when their result is asked for, in launch order: the latest moment that a device may take.
 """
 
@@ -85,6 +86,8 @@ class FakeRunner:
         self._on_step(batch)
         for row in batch.rows:
             self._take_in(row)
+        most = self._shape.max_generated_tokens
+        assert most is None or sum(map(self._num_generated, batch.rows)) <= most, "too many tokens behind their prompts"
         self._check_no_shared_writes(batch)
         for row in batch.rows:
             self._write(row)
@@ -111,6 +114,10 @@ class FakeRunner:
         assert len(slot.table) == -(-end // self._shape.block_size), "the blocks cover the positions, and no more"
         assert len(set(slot.table)) == len(slot.table), "a block twice in a table"
 
+    def _num_generated(self, row: Row) -> int:
+        num_prompt = self._slots[row.slot].admission.num_prompt
+        return max(0, row.start + row.num_tokens - max(row.start, num_prompt))
+
     def _check_no_shared_writes(self, batch: Batch) -> None:
         size = self._shape.block_size
         writers: dict[int, int] = {}
@@ -131,12 +138,16 @@ class FakeRunner:
             slot.histories.append(chain(previous, slot.token_ids[position]))
         for position in range(row.start):
             held = self._cache[slot.table[position // size]][position % size]
-            assert held == slot.histories[position], f"position {position} of slot {row.slot} holds something else"
+            assert held == self._kept(slot, position), f"position {position} of slot {row.slot} holds something else"
         for position in range(row.start, end):
-            self._cache[slot.table[position // size]][position % size] = slot.histories[position]
+            self._cache[slot.table[position // size]][position % size] = self._kept(slot, position)
         slot.num_computed = end
         prompt = tuple(slot.token_ids[: slot.admission.num_prompt])
         self.num_prefilled[prompt] = self.num_prefilled.get(prompt, 0) + max(0, min(end, len(prompt)) - row.start)
+
+    def _kept(self, slot: Slot, position: int) -> int:
+        is_apart = self._shape.max_generated_tokens is not None and position >= slot.admission.num_prompt
+        return slot.histories[position] + is_apart
 
     def _sample(self, slot: Slot, sampled: Sampled) -> None:
         admission = slot.admission

@@ -32,7 +32,7 @@ class PoolMachine(RuleBasedStateMachine):
     def open_table(self, root: bytes, token_ids: list[int], publishes: bool) -> object:
         digests: list[bytes] = []
         num_full = len(token_ids) // SIZE
-        self.pool.extend_digests(digests, root, token_ids, num_full)
+        self.pool.extend_digests(digests, root, token_ids, len(token_ids), num_full)
         cached = self.pool.match(digests, token_ids)
         for index, block_id in enumerate(cached):
             assert self.content[block_id] == (root, tuple(token_ids[: (index + 1) * SIZE])), "a hit holds the prefix"
@@ -94,16 +94,16 @@ def published(pool: BlockPool, token_ids: list[int]) -> list[int]:
     """A table of full blocks, published under one root."""
     digests: list[bytes] = []
     num_blocks = len(token_ids) // pool.block_size
-    pool.extend_digests(digests, b"", token_ids, num_blocks)
+    pool.extend_digests(digests, b"", token_ids, len(token_ids), num_blocks)
     table = pool.allocate(num_blocks)
     for index, block_id in enumerate(table):
         pool.publish(block_id, digests[index], token_ids[index * pool.block_size : (index + 1) * pool.block_size])
     return table
 
 
-def find(pool: BlockPool, token_ids: list[int]) -> list[int]:
+def find(pool: BlockPool, token_ids: list[int], num_prompt: int = 99) -> list[int]:
     digests: list[bytes] = []
-    pool.extend_digests(digests, b"", token_ids, len(token_ids) // pool.block_size)
+    pool.extend_digests(digests, b"", token_ids, num_prompt, len(token_ids) // pool.block_size)
     return pool.match(digests, token_ids)
 
 
@@ -139,16 +139,32 @@ def test_nameless_blocks_go_before_any_prefix() -> None:
 def test_a_hit_compares_token_ids() -> None:
     pool = BlockPool(2, 2)
     block_id = pool.allocate(1)[0]
-    digest = chain_digest(root_digest(b""), [1, 2])
+    digest = chain_digest(root_digest(b""), [1, 2], 2)
     pool.publish(block_id, digest, [8, 9])  # as if another content had the same digest
     assert pool.match([digest], [1, 2]) == []
 
 
 def test_a_digest_covers_what_comes_before() -> None:
-    assert chain_digest(root_digest(b"a"), [1, 2]) != chain_digest(root_digest(b"b"), [1, 2])
+    assert chain_digest(root_digest(b"a"), [1, 2], 2) != chain_digest(root_digest(b"b"), [1, 2], 2)
     pool = BlockPool(4, 2)
     published(pool, [1, 2, 3, 4])
     assert find(pool, [9, 9, 3, 4]) == []
+
+
+@pytest.mark.parametrize("keeps_apart", [False, True])
+def test_generated_tokens_are_apart_from_prompts_where_they_must_be(keeps_apart: bool) -> None:
+    pool = BlockPool(4, 2, keeps_apart=keeps_apart)
+    table = published(pool, [1, 2, 3, 4, 5, 6])
+    for num_prompt, num_found in ((9, 3), (6, 3), (5, 2), (4, 2), (3, 1), (2, 1), (1, 0), (0, 0)):
+        assert find(pool, [1, 2, 3, 4, 5, 6], num_prompt) == table[: num_found if keeps_apart else 3]
+
+
+def test_a_prefix_named_in_parts_has_the_same_names() -> None:
+    pool, whole, parts = BlockPool(4, 2, keeps_apart=True), list[bytes](), list[bytes]()
+    pool.extend_digests(whole, b"", [1, 2, 3, 4, 5, 6], 3, 3)
+    for num_blocks in (1, 2, 3):
+        pool.extend_digests(parts, b"", [1, 2, 3, 4, 5, 6], 3, num_blocks)
+    assert parts == whole
 
 
 def test_the_second_block_of_one_content_stays_nameless() -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from model.interface import NO_LOGPROBS, Batch, Sampling
+from model.interface import NO_LOGPROBS, Batch, RunnerShape, Sampling
 from service.engine.engine import Engine, EngineOptions
 from service.engine.messages import NO_TOKEN, FinishCode
 from tests.engine.conftest import FakeClock
@@ -12,6 +12,8 @@ from tests.engine.fake_runner import SHAPE, FakeRunner, expected_tokens
 from tests.engine.ledger import Ledger, make_submit, run_to_end, step
 
 ROOT = b"tenant"
+APART = replace(SHAPE, max_generated_tokens=SHAPE.num_slots)
+"""Of a runner that computes generated tokens in another way than prompts."""
 
 
 @pytest.fixture(params=[0, 1], ids=["depth0", "depth1"])
@@ -128,6 +130,16 @@ def test_generated_tokens_are_cached_too(engine: Engine, ledger: Ledger) -> None
     assert ledger.starts[2].num_cached == 16
 
 
+def test_generated_tokens_are_no_prompts_where_their_bits_may_differ(ledger: Ledger, clock: FakeClock) -> None:
+    engine = Engine(FakeRunner(APART), EngineOptions(depth=1), clock)
+    engine.submit(make_submit(1, prompt_of(6), 11, cache_root=ROOT))
+    run_to_end(engine, ledger)
+    for sequence_id, prompt in ((2, prompt_of(6) + ledger.tokens[1]), (3, prompt_of(17)), (4, prompt_of(20))):
+        engine.submit(make_submit(sequence_id, prompt, 3, cache_root=ROOT))
+        run_to_end(engine, ledger)
+    assert [ledger.starts[sequence_id].num_cached for sequence_id in (2, 3, 4)] == [4, 4, 16]
+
+
 @pytest.mark.parametrize(("first", "second"), [(ROOT, b"other"), (None, ROOT), (ROOT, None), (None, None)])
 def test_prefixes_stay_within_their_root(
     engine: Engine, ledger: Ledger, first: bytes | None, second: bytes | None
@@ -164,10 +176,14 @@ def test_a_pool_of_twice_one_request_serves_thirty_two(
     assert ledger.num_recomputed > 0
 
 
-def test_hundreds_of_preemptions_change_nothing(ledger: Ledger, options: EngineOptions, clock: FakeClock) -> None:
-    engine = Engine(FakeRunner(replace(SHAPE, num_blocks=24)), options, clock)
+@pytest.mark.parametrize("shape", [SHAPE, APART], ids=["", "apart"])
+@pytest.mark.parametrize("root", [None, ROOT], ids=["", "cache"])
+def test_hundreds_of_preemptions_change_nothing(
+    ledger: Ledger, options: EngineOptions, clock: FakeClock, shape: RunnerShape, root: bytes | None
+) -> None:
+    engine = Engine(FakeRunner(replace(shape, num_blocks=24)), options, clock)
     for sequence_id in range(160):
-        engine.submit(make_submit(sequence_id, prompt_of(3, sequence_id), 50, seed=sequence_id))
+        engine.submit(make_submit(sequence_id, prompt_of(3, sequence_id), 50, seed=sequence_id, cache_root=root))
     run_to_end(engine, ledger, max_steps=20_000)
     assert ledger.num_preempted > 200
     for sequence_id in range(160):

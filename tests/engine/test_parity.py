@@ -94,7 +94,7 @@ def test_alone(prompts: Prompts, expected: Tokens) -> None:
 
 
 def test_every_chunk_size(native_kernels: Kernels) -> None:
-    some = random_prompts(5, 100)
+    some = random_prompts(3, 70)
     whole = run(some).tokens
     for chunk in CHUNKS:
         options = EngineOptions(prefix_cache=False, max_prefill_chunk=chunk)

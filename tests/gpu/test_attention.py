@@ -6,6 +6,7 @@ Tiles, blocks and splits are small, so that short contexts have several of each.
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,10 @@ UNTOUCHED = 7.0
 
 @dataclasses.dataclass
 class Case:
-    """One layer's cache and a step over it. `spans` are (context length, new tokens) by row."""
+    """One layer's cache and a step over it. `spans` are (context length, new tokens) by row.
+
+    Unless `given_prompts` says otherwise, rows of one token decode and others bring a part of their prompt.
+    """
 
     heads: Heads
     spans: list[tuple[int, int]]
@@ -34,6 +38,15 @@ class Case:
     v_cache: torch.Tensor
     tables: torch.Tensor
     sinks: torch.Tensor | None = None
+    given_prompts: list[int] | None = None
+
+    @property
+    def prompts(self):
+        return self.given_prompts or [0 if tokens == 1 else context for context, tokens in self.spans]
+
+    @property
+    def lengths(self):
+        return self.starts.numpy(), self.contexts.numpy(), np.array(self.prompts)
 
     @property
     def starts(self):
@@ -46,7 +59,7 @@ class Case:
     def run(self, decode=DECODE, prefill=PREFILL, num_programs=3, is_decode_only=False):
         attention = PagedAttention(
             self.heads,
-            max_rows=len(self.spans),
+            max_rows=max(len(self.spans), len(self.q)),
             max_tokens=len(self.q),
             max_context=max(int(self.contexts.max()), 1),
             num_programs=num_programs,
@@ -54,7 +67,7 @@ class Case:
             decode=decode,
             prefill=prefill,
         )
-        attention.load(attention.plan(self.starts.numpy(), self.contexts.numpy()))
+        attention.load(attention.plan(*self.lengths))
         out = torch.full_like(self.q, UNTOUCHED, memory_format=torch.contiguous_format)
         tensors = self.q, self.k_cache, self.v_cache, self.tables, out, self.sinks
         attention.attend(*tensors, is_decode_only=is_decode_only)
@@ -84,7 +97,11 @@ class Case:
         context, tokens = self.spans[row]
         q = self.q[self.tokens_of(row)][first:last].contiguous()
         return dataclasses.replace(
-            self, spans=[(context - tokens + last, last - first)], q=q, tables=self.tables[row : row + 1]
+            self,
+            spans=[(context - tokens + last, last - first)],
+            q=q,
+            tables=self.tables[row : row + 1],
+            given_prompts=[self.prompts[row]],
         )
 
 
@@ -208,12 +225,12 @@ def test_a_plan_replaces_the_last_one():
     case = make_case([(70, 1), (37, 37), (90, 30)])
     limits = {"max_rows": 3, "max_tokens": 68, "max_context": 90, "num_programs": 2, "device": torch.device("cpu")}
     attention = PagedAttention(HEADS, **limits, decode=DECODE, prefill=PREFILL)
-    attention.load(attention.plan(case.starts.numpy(), case.contexts.numpy()))
+    attention.load(attention.plan(*case.lengths))
     out = torch.empty_like(case.q)
     attention.attend(case.q, case.k_cache, case.v_cache, case.tables, out)
     assert torch.equal(out, case.run())
     part = case.part(1, 0, 37)
-    attention.load(attention.plan(part.starts.numpy(), part.contexts.numpy()))
+    attention.load(attention.plan(*part.lengths))
     out = torch.full_like(case.q, UNTOUCHED)
     attention.attend(part.q, part.k_cache, part.v_cache, part.tables, out)
     assert torch.equal(out[:37], part.run()) and (out[37:] == UNTOUCHED).all()
@@ -237,10 +254,13 @@ def test_a_row_alone_has_the_same_bits(heads, dtype):
 
 @pytest.mark.parametrize(("heads", "dtype"), BITS, ids=["plain", "plain bfloat16", "window", "everything"])
 @pytest.mark.usefixtures("_one_by_one")
-def test_a_prompt_in_chunks_has_the_same_bits(heads, dtype):
+@pytest.mark.parametrize("num_prompt", [70, 41])
+def test_a_sequence_in_chunks_has_the_same_bits(heads, dtype, num_prompt):
+    """Also in chunks of one token; and what lies behind the prompt, as decoding it does one by one."""
     case = make_case([(70, 70)], heads, dtype, has_sinks=heads.soft_cap > 0)
+    case.given_prompts = [num_prompt]
     whole = case.run()
-    for chunks in ([64, 6], [7, 2, 27, 34], [16, 17, 37]):
+    for chunks in ([64, 6], [7, 2, 27, 34], [40, 1, *[1] * 9, 20]):
         ends = list(itertools.accumulate(chunks))
         parts = [case.part(0, end - size, end).run() for size, end in zip(chunks, ends, strict=True)]
         assert torch.equal(torch.cat(parts), whole)
@@ -278,7 +298,9 @@ def test_limits_and_sizes_are_checked():
     for spans in ([(1, 1)] * 3, [(9, 5)], [(33, 1)]):
         case = make_case(spans)
         with pytest.raises(ValueError, match="are planned for"):
-            attention.plan(case.starts.numpy(), case.contexts.numpy())
+            attention.plan(*case.lengths)
+    with pytest.raises(ValueError, match="3 tokens lie behind their prompts: at most 2"):
+        attention.plan(np.array([0, 4], np.int32), np.array([4], np.int32), np.array([1]))
     for heads, tile, said in [
         (variant_of(num_kv_heads=3), DECODE, "no multiple of 3"),
         (variant_of(num_heads=40), DECODE, "no place"),

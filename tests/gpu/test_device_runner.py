@@ -188,7 +188,8 @@ def test_a_sequence_goes_on_in_another_slot_after_preemption(model_dir: Path) ->
     assert tokens_of(0, only_of_prompt, play(theirs, only_of_prompt)) != tokens, "what was generated counts"
     assert tokens_of(0, whole[:5], play(mine, whole[:5], depth=1)) == tokens[:5]
     again = Row(3, 0, 13, range(9, 12), True, Admission([*prompt, *tokens[:5]], 8, sampling))
-    rest = [[admit(0, PROMPTS[2], 13), again], *decode(3, 13, 2)]
+    again = replace(again, num_tokens=10, wants_token=False)
+    rest = [[admit(0, PROMPTS[2], 13), again], [Row(3, 10, 3, wants_token=True)], *decode(3, 13, 2)]
     assert tokens_of(3, rest, play(mine, rest, depth=1)) == tokens[5:]
 
 
