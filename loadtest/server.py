@@ -33,6 +33,8 @@ class RunningServer:
 
     address: str
     metrics_url: str
+    pid: int
+    """Of the supervisor, whose children do the work."""
     ready_seconds: float
 
     def metrics(self) -> dict[str, float]:
@@ -72,7 +74,7 @@ def running_server(log: Path, arguments: Sequence[str] = ()) -> Iterator[Running
             address = f"127.0.0.1:{port}"
             _wait_until_ready(process, address, log)
             ready_seconds = time.monotonic() - started_at
-            yield RunningServer(address, f"http://127.0.0.1:{metrics_port}/metrics", ready_seconds)
+            yield RunningServer(address, f"http://127.0.0.1:{metrics_port}/metrics", process.pid, ready_seconds)
             _stop(process, log)
         finally:
             if process.poll() is None:
