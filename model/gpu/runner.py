@@ -20,6 +20,7 @@ from model.config import FAMILIES, ModelConfig, load_config
 from model.facts import facts_of, plan_shape
 from model.families.base import TensorMap
 from model.gpu.attention import Heads, PagedAttention
+from model.gpu.attention_base import Attention
 from model.gpu.device import CudaDevice, Device
 from model.gpu.device_runner import DeviceRunner
 from model.gpu.forward import DeviceCache, Forward, Parameters
@@ -154,7 +155,7 @@ def _build(
     forward = Forward(config, parameters, cache, attention, product, shape.context_length, max_tokens, max_wanted)
     max_blocks = -(-shape.context_length // shape.block_size)
     slots = SlotMemory(shape.num_slots, max_blocks, shape.vocab_size, device.torch_device)
-    inputs = InputBuffer(max_tokens, max_wanted, len(attention.work), slots.max_patch_words, device.torch_device)
+    inputs = InputBuffer(max_tokens, max_wanted, attention.num_plan_words, slots.max_patch_words, device.torch_device)
     step = DeviceStep(forward, slots, inputs)
 
     trial = replace(shape, num_blocks=-(-min(shape.max_batch_tokens, shape.context_length) // shape.block_size))
@@ -170,7 +171,7 @@ def _build(
     return runner
 
 
-def _make_attention(config: ModelConfig, shape: RunnerShape, dtype: torch.dtype, device: Device) -> PagedAttention:
+def _make_attention(config: ModelConfig, shape: RunnerShape, dtype: torch.dtype, device: Device) -> Attention:
     heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, shape.block_size, scale=config.head_dim**-0.5)
     try:
         group = config.num_heads // config.num_kv_heads
