@@ -1,6 +1,7 @@
 """What computes attention on a card: a plan of one step, made by the host, and one method that follows it.
 
-It does not know how any attention computes. model/gpu/attention.py is our own, whose rows keep their bits.
+It does not know how any attention computes. model/gpu/attention.py is our own, whose rows keep their bits;
+model/gpu/flash_attention.py is FlashAttention-3, for who asks for it.
 """
 
 from __future__ import annotations
