@@ -35,6 +35,7 @@ def facts_of(
     num_threads: int,
     cpu_level: str = "",
     card: str = "",
+    attention: str = "",
 ) -> ModelFacts:
     """What is known once the model is loaded."""
     defaults = config.generation
@@ -53,6 +54,7 @@ def facts_of(
         cpu_level=cpu_level,
         num_threads=num_threads,
         card=card,
+        attention=attention,
         default_temperature=defaults.temperature,
         default_top_k=defaults.top_k,
         default_top_p=defaults.top_p,

@@ -165,6 +165,13 @@ class Backend(StrEnum):
     TORCH = "torch"
 
 
+class GpuAttention(StrEnum):
+    """What computes attention on a card."""
+
+    TRITON = "triton"
+    FLASH_ATTENTION_3 = "flash-attention-3"
+
+
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
     """What a runner is built from. `model_dir` is a Hugging Face directory."""
@@ -192,6 +199,8 @@ class RunnerOptions:
     """Tie threads to CPUs; None does where num_threads is None, with four CPUs or more and no quota."""
     captures_graphs: bool = True
     """On a card, replay steps as CUDA graphs; otherwise each launches its kernels one by one."""
+    gpu_attention: GpuAttention = GpuAttention.TRITON
+    """TRITON is our own, whose rows keep their bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +224,8 @@ class ModelFacts:
     num_threads: int
     card: str = ""
     """The name of the card that computes."""
+    attention: str = ""
+    """What computes attention there, if not our own kernels: "flash-attention-3"."""
     default_temperature: float = 1.0
     default_top_k: int = 0
     default_top_p: float = 1.0

@@ -24,6 +24,7 @@ from model.interface import (
     Admission,
     Backend,
     Batch,
+    GpuAttention,
     ModelFacts,
     Pending,
     Row,
@@ -103,6 +104,8 @@ def load_torch_runner(options: RunnerOptions, progress: Progress | None = None) 
     shape = _plan_shape(config, options)
     tensor_map: TensorMap = import_module(FAMILIES[config.architecture]).tensor_map(config)
     dtype = getattr(torch, options.dtype.value)
+    if options.gpu_attention is not GpuAttention.TRITON:
+        raise ValueError(f"gpu_attention: {options.gpu_attention} is for the gpu backend")
     kernels = choose_kernels(options.backend, options.cpu_level, config, dtype, shape.block_size)
     if kernels is None and options.pins_threads:
         raise ValueError("pin_threads: only the native backend's threads can be tied to CPUs")

@@ -101,7 +101,7 @@ def _nearest(path: Path) -> str:
 def _backend(facts: ModelFacts) -> str:
     """What computes: a card by its name, or threads of a CPU."""
     if facts.card:
-        return f"{facts.backend}, {facts.card}"
+        return ", ".join(filter(None, (facts.backend, facts.card, facts.attention)))
     return f"{facts.backend} {facts.cpu_level}".strip() + f", {facts.num_threads} threads"
 
 

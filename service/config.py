@@ -67,6 +67,8 @@ class Settings(BaseModel):
     """Reuse the keys and values of common prefixes."""
     graphs: bool = True
     """On a card, replay steps as CUDA graphs instead of launching their kernels one by one."""
+    gpu_attention: Literal["triton", "flash-attention-3"] = "triton"
+    """On a card, what computes attention: our kernels, or FlashAttention-3, with last bits that depend on the load."""
     max_num_seqs: int = Field(64, ge=1, le=4096)
     """Sequences that run at the same time."""
     max_batch_tokens: int = Field(512, ge=1, le=65536)

@@ -309,7 +309,7 @@ class EngineMetrics:
             facts.architecture,
             facts.dtype,
             facts.quantization,
-            f"{facts.backend} {facts.cpu_level}".strip(),
+            " ".join(filter(None, (facts.backend, facts.cpu_level, facts.attention))),
             shape.block_size,
             shape.num_blocks,
         ).set(1)

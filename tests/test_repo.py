@@ -20,7 +20,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 SETTINGS = """
 model model_name host port insecure metrics_host metrics_port reflection
 dtype quantize backend cpu_level threads pin_threads context_length block_size kv_cache_mib num_blocks prefix_cache
-graphs max_num_seqs max_batch_tokens target_itl_ms
+graphs gpu_attention max_num_seqs max_batch_tokens target_itl_ms
 max_waiting_requests max_waiting_tokens default_deadline_seconds max_deadline_seconds reader_stall_seconds
 lame_duck_seconds drain_seconds engine_timeout_seconds max_engine_restarts log_level log_format
 """.split()

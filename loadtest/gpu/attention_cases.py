@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from loadtest.models import ModelShape
 from loadtest.roofline import MachineRates
 from model.attention.reference import attend_row, gather
 from model.gpu.attention import Heads, PagedAttention, Tile
+from model.gpu.attention_base import Attention
+from model.gpu.flash_attention import FlashAttention
 from model.gpu.tiles import BLOCK_SIZE, PROGRAMS_PER_MULTIPROCESSOR
 
 DRY_BLOCK_SIZE = 16
@@ -46,14 +49,42 @@ class Spans:
         return max(reading, operations / rates.attention_operations)
 
 
+class Way(Protocol):
+    """What computes attention."""
+
+    def attention(self, heads: Heads, spans: Spans, device: torch.device) -> Attention:
+        """Made for one kind of step. Raises ValueError where it cannot compute it."""
+
+
+class Flash3:
+    """FlashAttention-3."""
+
+    def attention(self, heads: Heads, spans: Spans, device: torch.device) -> Attention:
+        """See Way."""
+        return FlashAttention(heads, spans.num_rows, device)
+
+
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """What may be chosen."""
+    """Our own kernels, with what may be chosen."""
 
     decode: Tile
     prefill: Tile
     per_multiprocessor: int = PROGRAMS_PER_MULTIPROCESSOR
     """Programs of the constant grid."""
+
+    def attention(self, heads: Heads, spans: Spans, device: torch.device) -> Attention:
+        """See Way."""
+        return PagedAttention(
+            heads,
+            max_rows=spans.num_rows,
+            max_tokens=spans.num_rows * spans.num_tokens,
+            max_context=spans.context,
+            num_programs=num_programs(device, self.per_multiprocessor),
+            device=device,
+            decode=self.decode,
+            prefill=self.prefill,
+        )
 
     def tile_of(self, phase: str) -> Tile:
         """Of "decode" or "prefill"."""
@@ -86,25 +117,15 @@ class Cache:
 class Case:
     """Attention of one kind of step, over sets of inputs that the card's last cache does not hold."""
 
-    def __init__(self, cache: Cache, spans: Spans, tiles: Tiles) -> None:
+    def __init__(self, cache: Cache, spans: Spans, way: Way) -> None:
         """Raises ValueError for tiles that do not fit."""
         shape, device = cache.shape, cache.device
         self._cache, self._spans = cache, spans
         scale = shape.head_dim**-0.5
         self._heads = Heads(shape.num_heads, shape.num_kv_heads, shape.head_dim, cache.block_size, scale)
-        num_tokens = spans.num_rows * spans.num_tokens
-        self._attention = PagedAttention(
-            self._heads,
-            max_rows=spans.num_rows,
-            max_tokens=num_tokens,
-            max_context=spans.context,
-            num_programs=num_programs(device, tiles.per_multiprocessor),
-            device=device,
-            decode=tiles.decode,
-            prefill=tiles.prefill,
-        )
-        self._attention.load(self._attention.plan(*_lengths(spans)))
-        self._q = random_tensor(num_tokens, shape.num_heads, shape.head_dim, device=device)
+        self._attention = way.attention(self._heads, spans, device)
+        self._plan = torch.from_numpy(self._attention.plan(*_lengths(spans))).to(device)
+        self._q = random_tensor(spans.num_rows * spans.num_tokens, shape.num_heads, shape.head_dim, device=device)
         self._out = unwritten(*self._q.shape, device=device)
         kv_bytes = 4 * spans.num_rows * spans.context * shape.num_kv_heads * shape.head_dim
         sets = range(num_sets(kv_bytes, device))
@@ -115,9 +136,8 @@ class Case:
         return [lambda table=table: self._attend(table) for table in self._tables]  # type: ignore[misc]
 
     def _attend(self, tables: Tensor) -> None:
-        is_decode_only = self._spans.is_decode
-        k, v = self._cache.k, self._cache.v
-        self._attention.attend(self._q, k, v, tables, self._out, is_decode_only=is_decode_only)
+        tensors = self._q, self._cache.k, self._cache.v, tables, self._out
+        self._attention.attend(*tensors, is_decode_only=self._spans.is_decode, plan=self._plan)
 
     def error(self) -> float:
         """How far the ends of the first and the last row are from float32 on a CPU; NaN where nothing was written."""

@@ -94,8 +94,8 @@ MERGE_WARPS = 4
 class PagedAttention:
     """Attention of steps of at most `max_rows` rows and `max_tokens` query tokens, with contexts up to `max_context`.
 
-    A step: `plan` on the host, `load` to the device, then `attend` for each layer. A captured `attend` reads whatever
-    plan was loaded last.
+    See model.gpu.attention_base.Attention. A step: `plan` on the host, `load` to the device, then `attend` for each
+    layer. A captured `attend` reads whatever plan was loaded last.
     """
 
     def __init__(
@@ -131,18 +131,19 @@ class PagedAttention:
         self._peaks = torch.empty(places, dtype=torch.float32, device=device)
         self._totals = torch.empty(places, dtype=torch.float32, device=device)
 
+    @property
+    def num_plan_words(self) -> int:
+        """See Attention: the length of `work`."""
+        return len(self.work)
+
     def plan(
         self,
         query_starts: NDArray[np.int32],
         context_lens: NDArray[np.int32],
         prompt_lens: NDArray[np.integer[Any]],
+        tables_R: NDArray[np.integer[Any]] | None = None,
     ) -> NDArray[np.int32]:
-        """The plan of a step, int32 [at most the length of `work`], for the host to bring to `work`.
-
-        Row r brings the query tokens [query_starts[r], query_starts[r + 1]), the last of its context_lens[r] positions,
-        of which the first prompt_lens[r] are its prompt's; a row whose context is 0 is padding. Tokens behind prompts
-        must be no more than `max_rows`. Raises ValueError for a step beyond the limits.
-        """
+        """See Attention. A row whose context is 0 is padding; tokens behind prompts must be no more than `max_rows`."""
         num_rows, num_tokens = len(context_lens), int(query_starts[-1])
         longest = int(context_lens.max(initial=0))
         if num_rows > self._max_rows or num_tokens > self._max_tokens or longest > self._max_context:
@@ -154,7 +155,10 @@ class PagedAttention:
         num_behind = int(np.minimum(counts, context_lens - prompt_lens).clip(min=0).sum())
         if num_behind > self._max_rows:
             raise ValueError(f"{num_behind} tokens lie behind their prompts: at most {self._max_rows} are planned for")
-        return work.plan_work(query_starts, context_lens, prompt_lens, *self._cuts)
+        plan = work.plan_work(query_starts, context_lens, prompt_lens, *self._cuts)
+        if tables_R is not None:
+            work.name_sequences(plan, tables_R)
+        return plan
 
     def load(self, plan: NDArray[np.int32]) -> None:
         """Brings a plan to the device, and waits until it is there."""

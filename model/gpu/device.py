@@ -33,6 +33,8 @@ class Device(Protocol):
 
     torch_device: torch.device
     name: str
+    capability: tuple[int, int]
+    """Compute capability, before and after the point."""
     num_multiprocessors: int
     shared_bytes: int
     """Shared memory that a block of threads can have."""
@@ -87,6 +89,7 @@ class CudaDevice:
         properties = torch.cuda.get_device_properties(index)
         self.torch_device = torch.device("cuda", index)
         self.name: str = properties.name
+        self.capability: tuple[int, int] = (properties.major, properties.minor)
         self.num_multiprocessors: int = properties.multi_processor_count
         self.shared_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # by torch's stubs
         self._copies = torch.cuda.Stream()

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from model.gpu import logprobs
-from model.gpu.attention import PagedAttention
+from model.gpu.attention_base import Attention
 from model.gpu.device import Device, Event
 from model.gpu.graphs import Buckets, Graphs, Size
 from model.gpu.inputs import PADDING, Ints, StepRows, read_rows
 from model.gpu.step import DeviceStep, Results
-from model.gpu.work import name_sequences
 from model.inputs import NOT_YET_KNOWN, SlotTables
 from model.interface import NO_LOGPROBS, Admission, Batch, RunnerShape, Sampled
 from model.sampling import SlotState
@@ -100,7 +99,7 @@ class DeviceRunner:
     """Computes steps of one model with one set of slots. See model.interface.Runner."""
 
     def __init__(
-        self, device: Device, step: DeviceStep, attention: PagedAttention, shape: RunnerShape, buckets: Buckets
+        self, device: Device, step: DeviceStep, attention: Attention, shape: RunnerShape, buckets: Buckets
     ) -> None:
         """`step` must have room for the largest of the buckets and for the largest step of the shape."""
         self._device, self._step, self._attention, self._shape = device, step, attention, shape
@@ -177,8 +176,7 @@ class DeviceRunner:
 
     def _bring(self, rows: StepRows, piece: Piece, size: Size, asking: Ints) -> None:
         """Packs a step's inputs, padded to a size and to a draw's bucket, and has them brought to the device."""
-        plan = self._attention.plan(rows.query_starts, rows.ends_R, rows.prompt_lens_R)
-        name_sequences(plan, rows.slots_R)
+        plan = self._attention.plan(rows.query_starts, rows.ends_R, rows.prompt_lens_R, rows.slots_R)
         patch = self._step.slots.take_patch()
         num_wanted = max(size.num_wanted, self._buckets.of_rows(rows.num_wanted))
         num_words = self._step.inputs.pack(piece.words, rows, asking, size.num_tokens, num_wanted, plan, patch)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.gpu.attention import PagedAttention
+from model.gpu.attention_base import Attention
 from model.gpu.inputs import TokenInputs
 from model.gpu.operators import add_rms_norm, embed, gated_mul, gather_rows, rotate_and_write
 from model.gpu.products import Product, Use
@@ -113,7 +113,7 @@ class Forward:
         config: ModelConfig,
         parameters: Parameters,
         cache: DeviceCache,
-        attention: PagedAttention,
+        attention: Attention,
         product: Product,
         num_positions: int,
         max_tokens: int,

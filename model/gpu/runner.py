@@ -20,8 +20,10 @@ from model.config import FAMILIES, ModelConfig, load_config
 from model.facts import facts_of, plan_shape
 from model.families.base import TensorMap
 from model.gpu.attention import Heads, PagedAttention
+from model.gpu.attention_base import Attention
 from model.gpu.device import CudaDevice, Device
 from model.gpu.device_runner import DeviceRunner
+from model.gpu.flash_attention import FlashAttention, find_fault
 from model.gpu.forward import DeviceCache, Forward, Parameters
 from model.gpu.graphs import Buckets
 from model.gpu.inputs import InputBuffer
@@ -34,6 +36,7 @@ from model.interface import (
     Admission,
     Backend,
     Batch,
+    GpuAttention,
     ModelFacts,
     Quantization,
     Row,
@@ -48,7 +51,8 @@ from model.weights import Progress
 
 RESERVE_BYTES = 2**30
 """Memory that stays free when the pool is made: for captured steps (what they take is logged) and for temporaries that
-come and go (log-probabilities, prompts that penalties count, rows that a product is padded with)."""
+come and go (log-probabilities, prompts that penalties count, rows that a product is padded with, what FlashAttention-3
+returns)."""
 MIB = 2**20
 DEMANDING = Sampling(repetition_penalty=1.1, num_logprobs=20)
 
@@ -76,9 +80,15 @@ def load_device_runner(
     torch.set_num_threads(plan_threads(options.num_threads, pins=False).num_threads)
     config = load_config(Path(options.model_dir))
     shape = plan_shape(config, options, num_blocks=0, block_size=options.block_size or BLOCK_SIZE)
-    shape = replace(shape, runs_ahead=True, max_generated_tokens=shape.num_slots)
+    # Our own attention has tiles of its own for generated tokens.
+    most = shape.num_slots if options.gpu_attention is GpuAttention.TRITON else None
+    shape = replace(shape, runs_ahead=True, max_generated_tokens=most)
     tensor_map: TensorMap = import_module(FAMILIES[config.architecture]).tensor_map(config)
     dtype = getattr(torch, options.dtype.value)
+    if options.gpu_attention is GpuAttention.FLASH_ATTENTION_3:
+        fault = find_fault(config.head_dim, dtype, device.capability)
+        if fault is not None:
+            raise ValueError(f"gpu_attention: {fault}")
     with large_pieces_given_back():
         try:
             weights = load_onto(Path(options.model_dir), tensor_map, dtype, device.torch_device, progress)
@@ -99,6 +109,7 @@ def load_device_runner(
         backend=Backend.GPU,
         num_threads=torch.get_num_threads(),
         card=device.name,
+        attention="" if options.gpu_attention is GpuAttention.TRITON else options.gpu_attention.value,
     )
 
 
@@ -150,13 +161,13 @@ def _build(
     buckets = buckets.up_to(shape.num_slots, shape.max_batch_tokens)
     max_wanted = max(shape.num_slots, *buckets.decode)
     max_tokens = max(shape.max_batch_tokens, max_wanted, *buckets.mixed)
-    attention = _make_attention(config, shape, dtype, device)
+    attention = _make_attention(config, options, shape, device)
     product, report = choose_product(parameters.uses(max_wanted), max_tokens, device.torch_device, products)
     _logger.log(logging.INFO if report.holds else logging.WARNING, "matrix products: %s", report)
     forward = Forward(config, parameters, cache, attention, product, shape.context_length, max_tokens, max_wanted)
     max_blocks = -(-shape.context_length // shape.block_size)
     slots = SlotMemory(shape.num_slots, max_blocks, shape.vocab_size, device.torch_device)
-    inputs = InputBuffer(max_tokens, max_wanted, len(attention.work), slots.max_patch_words, device.torch_device)
+    inputs = InputBuffer(max_tokens, max_wanted, attention.num_plan_words, slots.max_patch_words, device.torch_device)
     step = DeviceStep(forward, slots, inputs)
 
     trial = replace(shape, num_blocks=-(-min(shape.max_batch_tokens, shape.context_length) // shape.block_size))
@@ -172,11 +183,18 @@ def _build(
     return runner
 
 
-def _make_attention(config: ModelConfig, shape: RunnerShape, dtype: torch.dtype, device: Device) -> PagedAttention:
+def _make_attention(config: ModelConfig, options: RunnerOptions, shape: RunnerShape, device: Device) -> Attention:
     heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, shape.block_size, scale=config.head_dim**-0.5)
+    if options.gpu_attention is GpuAttention.FLASH_ATTENTION_3:
+        try:
+            attention = FlashAttention(heads, shape.num_slots, device.torch_device)
+        except ValueError as reason:
+            raise ValueError(f"gpu_attention: {reason}") from None
+        _logger.warning("FlashAttention-3 computes attention: the last bits of answers may depend on the load")
+        return attention
     try:
         group = config.num_heads // config.num_kv_heads
-        decode, prefill = choose_tiles(config.head_dim, group, dtype, device.shared_bytes)
+        decode, prefill = choose_tiles(config.head_dim, group, getattr(torch, options.dtype.value), device.shared_bytes)
         return PagedAttention(
             heads,
             max_rows=shape.num_slots,

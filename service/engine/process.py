@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from model.interface import Backend, Dtype, ModelFacts, Quantization, Runner, RunnerOptions, RunnerShape
+from model.interface import Backend, Dtype, GpuAttention, ModelFacts, Quantization, Runner, RunnerOptions, RunnerShape
 from service import logs
 from service.config import Settings, let_waiting_threads_sleep
 from service.engine.engine import Engine, EngineOptions
@@ -67,6 +67,7 @@ def runner_options(settings: Settings) -> RunnerOptions:
         num_threads=settings.threads,
         pins_threads=None if settings.pin_threads == "auto" else settings.pin_threads == "on",
         captures_graphs=settings.graphs,
+        gpu_attention=GpuAttention(settings.gpu_attention),
     )
 
 

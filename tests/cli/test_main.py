@@ -115,6 +115,7 @@ def test_every_setting_is_a_flag(served: Served, capsys: Capture) -> None:
         "metrics_port": 2, "reflection": False, "dtype": "float32", "quantize": "int8", "backend": "torch",
         "cpu_level": "v3", "threads": 3, "pin_threads": "on", "context_length": 4, "block_size": 32,
         "kv_cache_mib": 6, "num_blocks": 7, "prefix_cache": False, "graphs": False,
+        "gpu_attention": "flash-attention-3",
         "max_num_seqs": 8, "max_batch_tokens": 9, "target_itl_ms": 10.5, "max_waiting_requests": 11,
         "max_waiting_tokens": 12, "default_deadline_seconds": 13.0, "max_deadline_seconds": 14.0,
         "reader_stall_seconds": 15.0, "lame_duck_seconds": 16.0, "drain_seconds": 17.0, "engine_timeout_seconds": 18.0,

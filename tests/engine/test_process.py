@@ -166,6 +166,7 @@ def test_settings_reach_the_runner_and_the_loop() -> None:
         threads=2,
         prefix_cache=False,
         graphs=False,
+        gpu_attention="flash-attention-3",
         target_itl_ms=50,
     )
     options = runner_options(settings)
@@ -178,6 +179,7 @@ def test_settings_reach_the_runner_and_the_loop() -> None:
     by_itself = runner_options(Settings())
     assert (by_itself.cpu_level, by_itself.num_threads, by_itself.pins_threads) == (None, None, None)
     assert (options.captures_graphs, by_itself.captures_graphs) == (False, True)
+    assert (options.gpu_attention, by_itself.gpu_attention) == ("flash-attention-3", "triton")
     assert (by_itself.block_size, by_itself.kv_cache_bytes) == (None, None)
     loop = engine_options(settings, SHAPE)
     assert (loop.depth, loop.prefix_cache, loop.target_itl_seconds) == (0, False, 0.05)

@@ -33,6 +33,7 @@ class LateDevice:
     """See model.gpu.device.Device."""
 
     name = "late device"
+    capability = (9, 0)
     num_multiprocessors = 1
     shared_bytes = 227 * 2**10
     torch_device = torch.device("cpu")

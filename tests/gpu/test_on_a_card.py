@@ -10,8 +10,20 @@ import torch
 import triton
 
 from model.gpu.device_runner import DeviceRunner
+from model.gpu.flash_attention import find_fault
 from model.gpu.runner import load_device_runner
-from model.interface import Admission, Backend, Batch, Dtype, Row, Runner, RunnerOptions, Sampled, Sampling
+from model.interface import (
+    Admission,
+    Backend,
+    Batch,
+    Dtype,
+    GpuAttention,
+    Row,
+    Runner,
+    RunnerOptions,
+    Sampled,
+    Sampling,
+)
 from model.runner import load_runner
 from tests.model.checkpoints import write_checkpoint
 
@@ -39,7 +51,9 @@ def model_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def loaded(model_dir: Path, captures_graphs: bool = True) -> DeviceRunner:
+def loaded(
+    model_dir: Path, captures_graphs: bool = True, gpu_attention: GpuAttention = GpuAttention.TRITON
+) -> DeviceRunner:
     """One runner serves many engines, one after the other."""
     given = RunnerOptions(
         str(model_dir),
@@ -49,6 +63,7 @@ def loaded(model_dir: Path, captures_graphs: bool = True) -> DeviceRunner:
         max_num_seqs=NUM_SEQUENCES,
         max_batch_tokens=2048,
         captures_graphs=captures_graphs,
+        gpu_attention=gpu_attention,
     )
     return load_device_runner(given)[0]
 
@@ -68,10 +83,22 @@ def tell(runner: Runner, prompt: list[int]) -> Sampled:
     return runner.launch(Batch([row], len(prompt))).result()
 
 
-def test_logits_are_near_those_of_a_cpu_in_float32(tmp_path_factory: pytest.TempPathFactory) -> None:
+def skip_without_flash_attention() -> None:
+    """Says why it does not compute here."""
+    fault = find_fault(128, torch.bfloat16, torch.cuda.get_device_capability())
+    if fault is not None:
+        pytest.skip(fault)
+
+
+@pytest.mark.parametrize("gpu_attention", GpuAttention)
+def test_logits_are_near_those_of_a_cpu_in_float32(
+    tmp_path_factory: pytest.TempPathFactory, gpu_attention: GpuAttention
+) -> None:
+    if gpu_attention is GpuAttention.FLASH_ATTENTION_3:
+        skip_without_flash_attention()
     model_dir = model_in(tmp_path_factory)
     given = RunnerOptions(str(model_dir), Dtype.FLOAT32, backend=Backend.TORCH, num_blocks=200, max_batch_tokens=2048)
-    theirs, mine = load_runner(given)[0], loaded(model_dir)
+    theirs, mine = load_runner(given)[0], loaded(model_dir, gpu_attention=gpu_attention)
     for prompt in prompts()[:12]:
         (one,), (other,) = tell(mine, prompt).logprobs, tell(theirs, prompt).logprobs
         assert one is not None and other is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from loadtest.gpu import attention_cases, engine, operators, products, sampler, server, steps, tiles  # noqa: E402
+from loadtest.gpu import attention, attention_cases, engine, operators, products, sampler, server, steps, tiles  # noqa: E402
 from loadtest.gpu import models as write_models  # noqa: E402
 from loadtest.gpu.attention import DRY_TILES, TILES  # noqa: E402
 from loadtest.gpu.attention_cases import Cache, Case, Spans  # noqa: E402
@@ -27,8 +28,10 @@ from loadtest.gpu.works import CARD, DRY, closed_works, wide_works  # noqa: E402
 from loadtest.models import CARD_SHAPES, write_model  # noqa: E402
 from loadtest.roofline import MachineRates  # noqa: E402
 from model.gpu.attention import PagedAttention, Tile  # noqa: E402
-from model.interface import Batch, Dtype, RunnerOptions  # noqa: E402
+from model.gpu.flash_attention import MODULE  # noqa: E402
+from model.interface import Batch, Dtype, GpuAttention, RunnerOptions  # noqa: E402
 from model.runner import load_runner  # noqa: E402
+from tests.gpu import fake_flash_attn  # noqa: E402
 
 CPU = torch.device("cpu")
 RATES = MachineRates(bytes_read=1e9, product_operations=1e12, attention_operations=1e12)
@@ -67,14 +70,30 @@ def test_a_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Case(cache, spans, DRY_TILES).error() < 0.01
     attend = PagedAttention.attend
 
-    def forgetful(self: PagedAttention, *tensors: torch.Tensor, is_decode_only: bool) -> None:
-        attend(self, *tensors, is_decode_only=is_decode_only)
+    def forgetful(self: PagedAttention, *tensors: torch.Tensor, is_decode_only: bool, plan: torch.Tensor) -> None:
+        attend(self, *tensors, is_decode_only=is_decode_only, plan=plan)
         tensors[4][-1] = 0
 
     monkeypatch.setattr(PagedAttention, "attend", forgetful)
     assert Case(cache, spans, DRY_TILES).error() > 0.1
-    monkeypatch.setattr(PagedAttention, "attend", lambda self, *tensors, is_decode_only: None)
+    monkeypatch.setattr(PagedAttention, "attend", lambda self, *tensors, is_decode_only, plan: None)
     assert not Case(cache, spans, DRY_TILES).error() < 1e9
+
+
+def test_flash_attention_3_is_measured_where_it_computes_and_named_where_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, MODULE, fake_flash_attn.module())
+    for fault, found in ((None, "attention"), ("it is not there", "attention left out")):
+        folder = tmp_path / found
+        folder.mkdir()
+        monkeypatch.setattr(attention, "find_flash_fault", lambda options, name, fault=fault: fault)
+        monkeypatch.setattr(attention, "DRY_SPANS", [Spans(2, 70), Spans(1, 20, 20)])
+        assert attention.main(["--dry", "--records", str(folder / "found.jsonl")]) == 0
+        records = [record for record in read_records(folder / "found.jsonl") if "by" in record]
+        assert [record["kind"] for record in records if record["by"] == GpuAttention.TRITON] == ["attention"] * 2
+        assert {record["kind"] for record in records if record["by"] == GpuAttention.FLASH_ATTENTION_3} == {found}
+        assert all(record["is_right"] for record in records if record["kind"] == "attention")
 
 
 def test_blocks_are_in_random_places_and_none_twice() -> None:

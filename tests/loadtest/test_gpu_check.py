@@ -271,7 +271,9 @@ def test_a_dry_run_works_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureF
     assert [part["part"] for part in document["parts"]] == chosen
     assert document["goals"] == []
     records = read_records(tmp_path / "gpu-check.jsonl")
-    assert [record["part"] for record in records] == ["limits", "attention", "attention", "models", "models"]
+    assert [record["part"] for record in records] == ["limits", *["attention"] * 3, "models", "models"]
+    left_out = [(record["by"], record["why"]) for record in records if record["kind"] == "attention left out"]
+    assert left_out == [("flash-attention-3", "there is no card in a dry run")]
     assert all(record["is_right"] for record in records if record["kind"] == "attention")
 
 

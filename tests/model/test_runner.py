@@ -17,6 +17,7 @@ from model.interface import (
     Backend,
     Batch,
     Dtype,
+    GpuAttention,
     Quantization,
     Row,
     RunnerOptions,
@@ -196,6 +197,10 @@ def test_progress_is_told(tmp_path: Path) -> None:
         ({"num_blocks": 2**44}, "no memory for a key/value cache of 17592186044416 blocks"),
         ({"backend": Backend.NATIVE, "cpu_level": "v9"}, "unknown instruction set level 'v9'"),
         ({"backend": Backend.TORCH, "cpu_level": "v3"}, "cpu_level: the torch backend has no levels"),
+        (
+            {"backend": Backend.NATIVE, "gpu_attention": GpuAttention.FLASH_ATTENTION_3},
+            "gpu_attention: flash-attention-3 is for the gpu backend",
+        ),
         ({"backend": Backend.NATIVE, "block_size": 8}, "block_size: the native backend takes multiples of 16, not 8"),
         ({"model_dir": "/nowhere"}, "No such file"),
         ({"backend": Backend.TORCH, "pins_threads": True}, "pin_threads: only the native backend's threads"),

@@ -93,6 +93,10 @@ def test_text_lines_quote_what_could_be_taken_for_more():
         ({}, "native v3, 2 threads"),
         ({"backend": "torch", "cpu_level": ""}, "torch, 2 threads"),
         ({"backend": "gpu", "cpu_level": "", "card": "NVIDIA H200"}, "gpu, NVIDIA H200"),
+        (
+            {"backend": "gpu", "cpu_level": "", "card": "NVIDIA H200", "attention": "flash-attention-3"},
+            "gpu, NVIDIA H200, flash-attention-3",
+        ),
     ],
 )
 def test_the_banner_says_what_computes(facts: dict[str, object], told: str) -> None:
