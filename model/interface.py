@@ -42,6 +42,16 @@ class Sampling:
     seed: int = 0
     num_logprobs: int = NO_LOGPROBS
 
+    @property
+    def counts_output(self) -> bool:
+        """Whether a penalty depends on how often the output holds a token."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a token's logit depends on the tokens before."""
+        return self.repetition_penalty != 1 or self.counts_output
+
 
 @dataclass(frozen=True, slots=True)
 class Admission:

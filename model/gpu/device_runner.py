@@ -28,9 +28,8 @@ from model.gpu.graphs import Buckets, Graphs, Size
 from model.gpu.inputs import PADDING, Ints, StepRows, read_rows
 from model.gpu.step import DeviceStep, Results
 from model.gpu.work import name_sequences
-from model.inputs import NOT_YET_KNOWN, SlotTables
-from model.interface import NO_LOGPROBS, Admission, Batch, RunnerShape, Sampled
-from model.sampling import SlotState
+from model.inputs import SlotTables
+from model.interface import NO_LOGPROBS, Admission, Batch, Row, RunnerShape, Sampled
 
 NUM_PIECES = 2
 """Steps that can be in flight before `launch` waits: the one that is computed and the one behind it."""
@@ -83,11 +82,11 @@ class Asked:
 
     def admit(self, slot: int, admission: Admission) -> bool:
         """Takes what a sequence asks for. Returns whether its known tokens must be counted."""
-        state, may_end = SlotState.of(admission), admission.num_prompt + admission.min_new_tokens
-        self.num_logprobs_S[slot] = admission.sampling.num_logprobs
-        self._is_changed_S[slot] = state.changes_logits(may_end)
+        sampling, may_end = admission.sampling, admission.num_prompt + admission.min_new_tokens
+        self.num_logprobs_S[slot] = sampling.num_logprobs
+        self._is_changed_S[slot] = sampling.has_penalties or bool(sampling.logit_bias)
         self._ban_until_S[slot] = may_end if admission.end_token_ids else 0
-        return state.counts_output or admission.sampling.repetition_penalty != 1
+        return sampling.has_penalties
 
     def changes_logits(self, slots_W: Ints, positions_W: Ints) -> bool:
         """Whether any of these rows is drawn from other logits than the model's."""
@@ -117,18 +116,20 @@ class DeviceRunner:
 
     def launch(self, batch: Batch) -> DevicePending:
         """Starts a step. Tokens that it draws are known to their slots at once; rows need not bring them back."""
-        self._take_in(batch)
+        self._take_in(batch.rows)
         rows = read_rows(batch.rows, self._tables)
+        assert rows.num_tokens == batch.num_tokens, "a batch counts its rows' tokens"
         _, slots_W, positions_W = rows.wanted
         piece = self._next_piece()
         wanted = self._asked.num_logprobs_S[slots_W]
-        self._compute(rows, piece, asking=(wanted != NO_LOGPROBS).nonzero()[0])
+        asking = (wanted != NO_LOGPROBS).nonzero()[0]
+        self._compute(rows, piece, asking)
         copies = []
         if rows.num_wanted:
             copies = self._draw(rows.num_wanted, piece, self._asked.changes_logits(slots_W, positions_W))
-        told = self._tell(wanted, copies)
+        told = self._tell(wanted[asking], copies) if len(asking) else None
         pending = DevicePending(self._device.copy_back(copies), piece, wanted.tolist(), told)
-        self._tables.append(slots_W.tolist(), positions_W.tolist(), [NOT_YET_KNOWN] * rows.num_wanted)
+        self._tables.expect(slots_W, positions_W)
         self._last = piece.pending = pending
         return pending
 
@@ -142,18 +143,17 @@ class DeviceRunner:
             self._graphs.capture(num_rows, partial(self._step.draw, num_rows))
         return len(self._graphs)
 
-    def _take_in(self, batch: Batch) -> None:
-        """Takes in what a batch's rows bring: admissions and blocks."""
-        for row in batch.rows:
+    def _take_in(self, rows: Sequence[Row]) -> None:
+        """Takes in what rows bring: admissions, which empty the slot first, and new blocks."""
+        for row in rows:
             if row.admission is not None:
                 self._admit(row.slot, row.admission)
-        self._tables.take_in(batch)
-        for row in batch.rows:
             if row.new_block_ids:
-                first = self._tables.num_blocks_of(row.slot) - len(row.new_block_ids)
+                first = self._tables.extend(row.slot, row.new_block_ids)
                 self._step.slots.extend(row.slot, first, row.new_block_ids)
 
     def _admit(self, slot: int, admission: Admission) -> None:
+        self._tables.admit(slot, admission.token_ids)
         self._step.slots.admit(slot, admission)
         if self._asked.admit(slot, admission):
             known = self._device.pinned(len(admission.token_ids), dtype=torch.int64)
@@ -193,12 +193,10 @@ class DeviceRunner:
             self._graphs.enqueue(num_padded, partial(self._step.draw, num_padded))
         return [(self._step.results.words, piece.results)]
 
-    def _tell(self, wanted: Ints, copies: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    def _tell(self, num_logprobs_W: Ints, copies: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Has the device tell log-probabilities to the rows that asked. Returns where they will be."""
-        most = int(wanted.max(initial=NO_LOGPROBS))
-        if most == NO_LOGPROBS:
-            return None
-        shape = int((wanted != NO_LOGPROBS).sum()), logprobs.words_of(min(most, self._shape.vocab_size))
+        most = min(int(num_logprobs_W.max()), self._shape.vocab_size)
+        shape = len(num_logprobs_W), logprobs.words_of(most)
         told = torch.empty(shape, dtype=torch.int32, device=self._device.torch_device)
         self._device.enqueue(partial(self._step.tell, told))
         at_host = self._device.pinned(*shape, dtype=torch.int32)

@@ -41,6 +41,8 @@ PATCH_PROGRAMS = 16
 PATCH_TILE = 1024
 KEEP_TILE = 128
 
+NO_PATCH = np.zeros((2, 0), np.int32)
+
 INT32, FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 TERMS = np.dtype(
     [
@@ -108,6 +110,8 @@ class SlotMemory:
 
     def take_patch(self) -> NDArray[np.int32]:
         """What has changed since the last call: [2, length], places, each once, and the words that go there."""
+        if not self._places:  # as in most steps
+            return NO_PATCH
         patch = np.array([self._places, self._patch], dtype=np.int32)
         self._places, self._patch = [], []
         return patch
