@@ -19,6 +19,12 @@ from enum import StrEnum
 from typing import Protocol
 
 NO_LOGPROBS = -1
+MAX_LOGIT_BIAS = 1024
+"""Entries of one sequence."""
+MAX_STOP_TOKEN_IDS, MAX_EOS_TOKEN_IDS = 64, 64
+"""That a request names, and that a model has."""
+MAX_END_TOKEN_IDS = MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS
+"""Of one sequence."""
 CPU_BLOCK_SIZE = 16
 CPU_KV_CACHE_BYTES = 256 * 2**20
 
