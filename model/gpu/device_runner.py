@@ -99,9 +99,9 @@ class DeviceRunner:
     def __init__(
         self, device: Device, step: DeviceStep, attention: PagedAttention, shape: RunnerShape, buckets: Buckets
     ) -> None:
-        """`step` must have room for the largest of the buckets and for the largest step of the shape."""
+        """`step` must have room for the largest of the buckets, which are this shape's, and for its largest step."""
         self._device, self._step, self._attention, self._shape = device, step, attention, shape
-        self._buckets = buckets.up_to(shape.num_slots, shape.max_batch_tokens)
+        self._buckets = buckets
         self._graphs = Graphs(device)
         self._tables = SlotTables(shape.num_slots, shape.context_length, shape.num_blocks, shape.block_size)
         self._asked = Asked(shape.num_slots)
