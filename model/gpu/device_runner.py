@@ -169,7 +169,8 @@ class DeviceRunner:
 
     def _compute(self, rows: StepRows, piece: Piece, asking: Ints) -> None:
         """Has the device compute the logits of a step."""
-        size = self._buckets.of_step(rows.num_tokens, rows.num_wanted, self._step.max_wanted, is_decode=rows.is_decode)
+        limits = self._shape.max_batch_tokens, self._step.max_wanted
+        size = self._buckets.of_step(rows.num_tokens, rows.num_wanted, *limits, is_decode=rows.is_decode)
         self._bring(rows, piece, size, asking)
         self._graphs.enqueue(size, partial(self._step.compute, *size))
 
