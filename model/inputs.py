@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -123,7 +124,7 @@ class SlotTables:
             self.tokens[slot, position] = token_id
             self._num_known[slot] = position + 1
 
-    def expect(self, slots_W: Ints, positions_W: Ints) -> None:
+    def expect(self, slots_W: npt.NDArray[np.integer[Any]], positions_W: npt.NDArray[np.integer[Any]]) -> None:
         """Likewise, of tokens that only the device will have: NOT_YET_KNOWN."""
         self.tokens[slots_W, positions_W] = NOT_YET_KNOWN
         self._num_known_S[slots_W] = positions_W + 1
