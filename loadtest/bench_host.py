@@ -1,13 +1,17 @@
-"""What the host does for a step, by phase: the engine and its loop over a runner that computes nothing.
+"""What the host does for a step, by phase: the engine, its loop and its runner, over steps that compute nothing.
 
-    python -m loadtest.bench_host [--loads decode prompts churn] [--rows 1 8 32 64 128 256] [--depths 0 1]
-        [--block-sizes 16 64] [--step-ms 1.0] [--steps 300] [--rounds 5]
+    python -m loadtest.bench_host [--runners card none] [--loads decode prompts churn] [--rows 1 8 32 64 128 256]
+        [--depths 0 1] [--block-sizes 16 64] [--step-ms 1.0] [--steps 300] [--rounds 5]
 
-Everything but the runner is the engine process's own: commands and reports cross a socket, whose far end is played
-between two turns of the loop and not measured. The runner's steps take `--step-ms` on the clock, asleep: what is held
-for readers goes out as often as it would, and the caches are as cold as others left them. `decode`: all rows decode.
-`prompts`: beside them one prompt at a time is computed, a chunk each step. `churn`: prompts of 16 to 512 tokens and
-answers of 16 to 128, each followed by another as it ends.
+Everything but the device is the engine process's own: commands and reports cross a socket, whose far end is played
+between two turns of the loop and not measured. `card` is the runner for a card, over a device that does nothing: rows
+are read, planned and packed, patches made, results taken (needs triton). What a card's own driver takes of the host is
+not in it: a copy to the device, a copy back with its events, two graphs replayed; and, in steps of more than 1,024
+tokens beside which none of it matters, the launches of all their kernels. `none` only makes up what was drawn.
+
+Steps take `--step-ms` on the clock, asleep: what is held for readers goes out as often as it would, and the caches are
+as cold as others left them. `decode`: all rows decode. `prompts`: beside them one prompt at a time is computed, a chunk
+each step. `churn`: prompts of 16 to 512 tokens and answers of 16 to 128, each followed by another as it ends.
 
 Figures are microseconds per turn: of each phase the mean, of all together also the median and the 99th percentile;
 turns in which the kernel gave the core to others are left out. Of these the median over the rounds, with the least and
@@ -23,16 +27,16 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
 
-from loadtest.host_loop import FakeDevice, MeasuredLoop, Turn
+from loadtest.host_loop import MeasuredLoop, NoRunner, StepClock, Turn
 from loadtest.machine import cpu_times, describe, noise, others_share
 from loadtest.timing import median_and_spread, percentile
 from loadtest.workloads import Work, random_prompt
-from model.interface import RunnerShape
+from model.interface import Runner, RunnerShape
 from service.engine.engine import EngineOptions
 
 VOCAB_SIZE = 128_256
@@ -50,6 +54,7 @@ Figures = dict[str, float]
 class Case:
     """One row of the table."""
 
+    runner: str
     load: str
     rows: int
     depth: int
@@ -93,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> Plan:
     """The command line. Exits with 2 for what cannot be measured."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench_host", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=list(RUNNERS))
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64, 128, 256], help="sequences at once")
     parser.add_argument("--depths", type=int, nargs="+", choices=(0, 1), default=[0, 1], help="steps ahead")
@@ -105,7 +111,9 @@ def parse(arguments: Sequence[str] | None) -> Plan:
         parser.error("rows, block sizes, steps and rounds must be at least 1, a step's time not negative")
     if given.steps * given.rounds > NUM_DECODED // 2:
         parser.error(f"steps times rounds must be at most {NUM_DECODED // 2}")
-    cases = itertools.starmap(Case, itertools.product(given.loads, given.rows, given.depths, given.block_sizes))
+    cases = itertools.starmap(
+        Case, itertools.product(given.runners, given.loads, given.rows, given.depths, given.block_sizes)
+    )
     return Plan(tuple(cases), given.step_ms / 1_000, given.steps, given.rounds)
 
 
@@ -119,11 +127,14 @@ def measure(case: Case, plan: Plan) -> dict[str, dict[str, float]]:
         context_length=CONTEXT_LENGTH,
         vocab_size=VOCAB_SIZE,
         max_batch_tokens=MAX_BATCH_TOKENS,
+        max_generated_tokens=case.rows + 1,
     )
     options = EngineOptions(depth=case.depth, max_prefill_chunk=CHUNK if case.load == "prompts" else None)
     first, later = LOADS[case.load](case.rows)
+    clock = StepClock(plan.step_seconds)
+    runner = RUNNERS[case.runner](shape, clock)
     with tempfile.TemporaryDirectory() as folder:
-        loop = MeasuredLoop(FakeDevice(shape, plan.step_seconds), options, Path(folder) / "engine.sock", later)
+        loop = MeasuredLoop(runner, clock, options, Path(folder) / "engine.sock", later)
         gc.collect()
         gc.freeze()  # as the engine process does
         try:
@@ -133,6 +144,16 @@ def measure(case: Case, plan: Plan) -> dict[str, dict[str, float]]:
             loop.close()
             gc.unfreeze()
     return {name: median_and_spread([found[name] for found in rounds]) for name in rounds[0]}
+
+
+def card(shape: RunnerShape, clock: StepClock) -> Runner:
+    """The one for a card. Torch and triton are imported for it only."""
+    from loadtest.gpu.idle import idle_runner
+
+    return idle_runner(shape, clock)
+
+
+RUNNERS: dict[str, Callable[[RunnerShape, StepClock], Runner]] = {"card": card, "none": NoRunner}
 
 
 def decode(num_rows: int) -> tuple[list[Work], Iterator[Work]]:

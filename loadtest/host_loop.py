@@ -1,4 +1,4 @@
-"""An engine loop whose runner computes nothing, and a watch on each of its phases.
+"""An engine loop over steps that only take their time, and a watch on each of its phases.
 
 It reaches into the engine from outside: the functions of the phases are wrapped where they hang, so that the service
 knows nothing of being measured. It does not know what the loads are, nor what is made of the times.
@@ -13,22 +13,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import methodcaller
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from loadtest.targets import as_submit
 from loadtest.workloads import Work
-from model.interface import Batch, ModelFacts, RunnerShape, Sampled
+from model.interface import Batch, ModelFacts, Pending, Runner, RunnerShape, Sampled
 from service.engine.engine import Engine, EngineOptions
 from service.engine.framing import FrameDecoder, encode_frame
 from service.engine.loop import EngineLoop
 from service.engine.messages import NO_TOKEN, FromEngine, Hello, Report
 
-PHASES = ("poll", "schedule", "commit", "report", "deliver", "other")
-"""`poll`: commands taken in. `report`: the columns of the report. `deliver`: each front end's share of it, encoded and
-sent. `other`: what is between them."""
+PHASES = ("poll", "schedule", "launch", "result", "commit", "report", "deliver", "other")
+"""`poll`: commands taken in. `launch`, `result`: the runner's own work, without the wait for a step. `report`: the
+columns of the report. `deliver`: each front end's share of it, encoded and sent. `other`: what is between them."""
 DEVICE = "device"
-"""What is wrapped in the runner: no phase of the host."""
+"""The time of steps: no phase of the host."""
 TOKEN = 7
 FACTS = ModelFacts("none", "", "none", 0, 0, (), 0, 0, 0, "none", "none", "", 0)
 READ_BYTES = 1 << 20
@@ -43,7 +44,7 @@ class Turn:
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     device_seconds: float = 0.0
-    """In the runner: its own work and the wait for it."""
+    """The wait for a step."""
     num_rows: int = 0
     """Of the step launched last."""
     num_tokens: int = 0
@@ -110,27 +111,17 @@ def _num_switches() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
 
-class FakeDevice:
-    """A runner whose steps take a fixed time, one after the other, and always draw the same token."""
+class StepClock:
+    """Lets steps take a fixed time, one after the other."""
 
-    def __init__(self, shape: RunnerShape, step_seconds: float) -> None:
-        self._shape = shape
+    def __init__(self, step_seconds: float) -> None:
         self._step_seconds = step_seconds
         self._free_at = 0.0
-        self.batch = Batch([], 0)
-        """The last one launched."""
 
-    @property
-    def shape(self) -> RunnerShape:
-        """The sizes an engine plans with."""
-        return self._shape
-
-    def launch(self, batch: Batch) -> FakeStep:
-        """See model.interface.Runner."""
-        self.batch = batch
-        num_drawn = sum([row.wants_token for row in batch.rows])
+    def begin_step(self) -> float:
+        """A step begins, now or when the one before is done. Returns when it will be."""
         self._free_at = max(time.perf_counter(), self._free_at) + self._step_seconds
-        return FakeStep(self, Sampled([TOKEN] * num_drawn, [True] * num_drawn), self._free_at)
+        return self._free_at
 
     def wait(self, until: float) -> None:
         """Sleeps, if it is not late."""
@@ -140,17 +131,58 @@ class FakeDevice:
 
 
 @dataclass(frozen=True, slots=True)
-class FakeStep:
-    """A step under way on a fake device."""
+class NoRunner:
+    """A runner without work of its own, which always draws the same token."""
 
-    device: FakeDevice
-    sampled: Sampled
+    shape: RunnerShape
+    clock: StepClock
+
+    def launch(self, batch: Batch) -> NoStep:
+        """See model.interface.Runner."""
+        return NoStep(self.clock, batch, self.clock.begin_step())
+
+
+@dataclass(frozen=True, slots=True)
+class NoStep:
+    """A step of no runner."""
+
+    clock: StepClock
+    batch: Batch
     ends_at: float
 
     def result(self) -> Sampled:
         """See model.interface.Pending."""
-        self.device.wait(self.ends_at)
-        return self.sampled
+        self.clock.wait(self.ends_at)
+        num_drawn = sum([row.wants_token for row in self.batch.rows])
+        return Sampled([TOKEN] * num_drawn, [True] * num_drawn)
+
+
+class MeasuredRunner:
+    """A runner whose own work counts for its phases."""
+
+    def __init__(self, runner: Runner, watch: Watch) -> None:
+        self.shape = runner.shape
+        self.batch = Batch([], 0)
+        """The last one launched."""
+        self._launch = watch.wrap("launch", runner.launch)
+        self._take = watch.wrap("result", methodcaller("result"))
+
+    def launch(self, batch: Batch) -> MeasuredStep:
+        """See model.interface.Runner."""
+        self.batch = batch
+        return MeasuredStep(self._launch(batch), self._take)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredStep:
+    """A step of a measured runner."""
+
+    pending: Pending
+    take: Callable[[Pending], Sampled]
+
+    def result(self) -> Sampled:
+        """See model.interface.Pending."""
+        return self.take(self.pending)
 
 
 class Caller:
@@ -199,22 +231,27 @@ class Caller:
 
 
 class MeasuredLoop:
-    """An EngineLoop over a fake device, turned as often as is asked. It is its own heartbeat, which parts the turns."""
+    """An EngineLoop over a runner and its steps' clock, turned as often as is asked.
 
-    def __init__(self, device: FakeDevice, options: EngineOptions, path: Path, later: Iterator[Work]) -> None:
-        self._device = device
+    It is its own heartbeat, which parts the turns.
+    """
+
+    def __init__(
+        self, runner: Runner, clock: StepClock, options: EngineOptions, path: Path, later: Iterator[Work]
+    ) -> None:
         self._watch = Watch()
+        self._runner = MeasuredRunner(runner, self._watch)
         self._turns: list[Turn] = []
         self._num_left = 0
-        engine = Engine(device, options)
-        self._loop = EngineLoop(engine, Hello(FACTS, device.shape), str(path), self)
+        engine = Engine(self._runner, options)
+        self._loop = EngineLoop(engine, Hello(FACTS, runner.shape), str(path), self)
         self._caller = Caller(path, later)
         self._wrap("poll", self._loop, "_poll")
         self._wrap("deliver", self._loop, "_deliver", "_release")
         self._wrap("schedule", engine.scheduler, "schedule")
         self._wrap("commit", engine, "_commit")
         self._wrap("report", engine, "_report")
-        self._wrap(DEVICE, device, "launch", "wait")
+        self._wrap(DEVICE, clock, "wait")
 
     def _wrap(self, phase: str, owner: object, *names: str) -> None:
         for name in names:
@@ -237,7 +274,7 @@ class MeasuredLoop:
         """See service.engine.heartbeat: whether the loop shall turn on. Here the caller has its time."""
         if self._watch.is_running:
             turn = self._watch.end()
-            turn.num_rows, turn.num_tokens = len(self._device.batch.rows), self._device.batch.num_tokens
+            turn.num_rows, turn.num_tokens = len(self._runner.batch.rows), self._runner.batch.num_tokens
             self._turns.append(turn)
         self._caller.exchange()
         self._num_left -= 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from model.families.fields import Fields, read_json
-from model.interface import Dtype
+from model.interface import MAX_EOS_TOKEN_IDS, Dtype
 
 FAMILIES = {"LlamaForCausalLM": "model.families.llama"}
 """The module that reads each architecture and names its tensors."""
@@ -112,4 +112,7 @@ def _read_eos_token_ids(fields: Fields, vocab_size: int) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(token_id) is int and 0 <= token_id < vocab_size for token_id in ids):
         raise fields.fail("eos_token_id", f"token ids below the vocabulary's {vocab_size}")
-    return tuple(dict.fromkeys(ids))
+    distinct = tuple(dict.fromkeys(ids))
+    if len(distinct) > MAX_EOS_TOKEN_IDS:
+        raise fields.fail("eos_token_id", f"at most {MAX_EOS_TOKEN_IDS} token ids")
+    return distinct

@@ -7,8 +7,10 @@ the model.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +51,11 @@ class SlotTables:
         self.tokens = np.zeros((num_slots, context_length + 1), dtype=np.int32)
         self.block_tables = np.zeros((num_slots, -(-context_length // block_size)), dtype=np.int32)
         self.addresses = self.tokens.ctypes.data, self.block_tables.ctypes.data
-        self._num_known = [0] * num_slots
-        self._num_blocks_of = [0] * num_slots
+        # Numbers that are asked for one by one, or by NumPy all at once.
+        self._num_known, self._num_blocks_of = (array("q", [0]) * num_slots for _ in range(2))
+        self._num_known_S, self._num_blocks_S = (
+            np.frombuffer(numbers, np.int64) for numbers in (self._num_known, self._num_blocks_of)
+        )
 
     def take_in(self, batch: Batch) -> None:
         """Takes in what a batch's rows bring: admissions, which empty the slot first, and new blocks.
@@ -59,14 +64,34 @@ class SlotTables:
         """
         for row in batch.rows:
             if row.admission is not None:
-                self._admit(row.slot, row.admission.token_ids)
+                self.admit(row.slot, row.admission.token_ids)
             if row.new_block_ids:
-                self._extend(row.slot, row.new_block_ids)
+                self.extend(row.slot, row.new_block_ids)
             end = row.start + row.num_tokens
             assert row.num_tokens > 0 and row.start >= 0, "a row computes at least one token"
             assert end <= self._num_known[row.slot], "a row computes known tokens"
             assert end <= self._num_blocks_of[row.slot] * self._block_size, "a row's positions have blocks"
         assert batch.num_tokens == sum(row.num_tokens for row in batch.rows), "a batch counts its rows' tokens"
+
+    def admit(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Takes in a new sequence's known tokens; the slot has no blocks."""
+        self.tokens[slot, : len(token_ids)] = token_ids
+        self._num_known[slot] = len(token_ids)
+        self._num_blocks_of[slot] = 0
+
+    def extend(self, slot: int, block_ids: Sequence[int]) -> int:
+        """Takes in a slot's new blocks. Returns how many it had before."""
+        assert min(block_ids) >= 0 and max(block_ids) < self._num_blocks, "block ids lie in the pool"
+        length = self._num_blocks_of[slot]
+        self.block_tables[slot, length : length + len(block_ids)] = block_ids
+        self._num_blocks_of[slot] = length + len(block_ids)
+        return length
+
+    def check(self, slots_R: Ints, starts_R: Ints, ends_R: Ints) -> None:
+        """What `take_in` asserts of rows, of many at once."""
+        assert starts_R.min() >= 0 and (starts_R < ends_R).all(), "a row computes at least one token"
+        assert (ends_R <= self._num_known_S[slots_R]).all(), "a row computes known tokens"
+        assert (ends_R <= self._num_blocks_S[slots_R] * self._block_size).all(), "a row's positions have blocks"
 
     def build(self, rows: Sequence[Row]) -> StepInputs:
         """Makes the tensors of a step whose rows were taken in."""
@@ -93,26 +118,16 @@ class SlotTables:
         blocks_T = self.block_tables[slots_T, positions_T // self._block_size]
         return self.tokens[slots_T, positions_T], blocks_T, positions_T % self._block_size
 
-    def num_blocks_of(self, slot: int) -> int:
-        """The length of a slot's block table."""
-        return self._num_blocks_of[slot]
-
     def append(self, slots: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Stores drawn tokens, each as the last known one of its slot; NOT_YET_KNOWN where only the device has it."""
+        """Stores drawn tokens, each as the last known one of its slot."""
         for slot, position, token_id in zip(slots, positions, token_ids, strict=True):
             self.tokens[slot, position] = token_id
             self._num_known[slot] = position + 1
 
-    def _admit(self, slot: int, token_ids: Sequence[int]) -> None:
-        self.tokens[slot, : len(token_ids)] = token_ids
-        self._num_known[slot] = len(token_ids)
-        self._num_blocks_of[slot] = 0
-
-    def _extend(self, slot: int, block_ids: Sequence[int]) -> None:
-        assert min(block_ids) >= 0 and max(block_ids) < self._num_blocks, "block ids lie in the pool"
-        length = self._num_blocks_of[slot]
-        self.block_tables[slot, length : length + len(block_ids)] = block_ids
-        self._num_blocks_of[slot] = length + len(block_ids)
+    def expect(self, slots_W: npt.NDArray[np.integer[Any]], positions_W: npt.NDArray[np.integer[Any]]) -> None:
+        """Likewise, of tokens that only the device will have: NOT_YET_KNOWN."""
+        self.tokens[slots_W, positions_W] = NOT_YET_KNOWN
+        self._num_known_S[slots_W] = positions_W + 1
 
     def _plan(
         self, query_starts: Ints, ends: Ints, tables: npt.NDArray[np.int32], slots_T: Ints, positions_T: Ints

@@ -19,6 +19,12 @@ from enum import StrEnum
 from typing import Protocol
 
 NO_LOGPROBS = -1
+MAX_LOGIT_BIAS = 1024
+"""Entries of one sequence."""
+MAX_STOP_TOKEN_IDS, MAX_EOS_TOKEN_IDS = 64, 64
+"""That a request names, and that a model has."""
+MAX_END_TOKEN_IDS = MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS
+"""Of one sequence."""
 CPU_BLOCK_SIZE = 16
 CPU_KV_CACHE_BYTES = 256 * 2**20
 
@@ -41,6 +47,16 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     num_logprobs: int = NO_LOGPROBS
+
+    @property
+    def counts_output(self) -> bool:
+        """Whether a penalty depends on how often the output holds a token."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a token's logit depends on the tokens before."""
+        return self.repetition_penalty != 1 or self.counts_output
 
 
 @dataclass(frozen=True, slots=True)

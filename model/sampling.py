@@ -52,19 +52,13 @@ class SlotState:
             biases=torch.tensor([value for _, value in bias], dtype=torch.float32),
         )
 
-    @property
-    def counts_output(self) -> bool:
-        """Whether a penalty depends on how often the output holds a token."""
-        return self.sampling.presence_penalty != 0 or self.sampling.frequency_penalty != 0
-
     def bans_end(self, position: int) -> bool:
         """Whether the token at this position must not end the sequence."""
         return position - self.num_prompt < self.min_new_tokens and len(self.end_ids) > 0
 
     def changes_logits(self, position: int) -> bool:
         """Whether the token at this position is drawn from other logits than the model's."""
-        has_penalties = self.sampling.repetition_penalty != 1 or self.counts_output
-        return has_penalties or bool(self.sampling.logit_bias) or self.bans_end(position)
+        return self.sampling.has_penalties or bool(self.sampling.logit_bias) or self.bans_end(position)
 
 
 class Sampler:
@@ -151,7 +145,7 @@ def change(scores_V: Tensor, state: SlotState, known: Tensor) -> None:
     scores_V[state.bias_ids] += state.biases
     if sampling.repetition_penalty != 1:
         repeat(scores_V, known, sampling.repetition_penalty)
-    if state.counts_output:
+    if sampling.counts_output:
         counts_V = known[state.num_prompt :].bincount(minlength=len(scores_V))
         scores_V -= sampling.presence_penalty * (counts_V > 0) + sampling.frequency_penalty * counts_V
 

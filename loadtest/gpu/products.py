@@ -33,6 +33,7 @@ from loadtest.gpu.records import PartOptions, parse_part
 from loadtest.gpu.shapes import Matrix, matrices_of, names_of, shape_of
 from loadtest.gpu.summary import BASELINE
 from loadtest.roofline import MachineRates
+from model.gpu.device import CudaDevice
 from model.gpu.products import Product, forbid_split_sums, library_product
 from model.gpu.products import candidates as all_candidates
 
@@ -41,6 +42,7 @@ PROMPT_ROWS = 8192
 DRY_VOCAB_SIZE = 70
 DRY_NUM_ROWS = (1, 3)
 DRY_PROMPT_ROWS = 17
+DRY_SHARED_BYTES = 227 * 2**10
 CHECKED_ROWS = 16
 TOLERANCE = 0.01
 """Relative, of results in bfloat16."""
@@ -64,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def candidates(is_dry: bool) -> dict[str, Product]:
     """What a runner may choose between, by name; of a dry run, in which kernels are slow, the first and the last."""
-    found = [(each.name, each.product) for each in all_candidates()]
+    shared_bytes = DRY_SHARED_BYTES if is_dry else CudaDevice().shared_bytes
+    found = [(each.name, each.product) for each in all_candidates(shared_bytes)]
     return dict([found[0], found[-1]] if is_dry else found)
 
 

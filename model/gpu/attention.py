@@ -151,10 +151,11 @@ class PagedAttention:
                 f"{num_rows} rows, {num_tokens} tokens, contexts up to {longest}: "
                 f"at most {self._max_rows}, {self._max_tokens} and {self._max_context} are planned for"
             )
-        counts = query_starts[1:] - query_starts[:-1]
-        num_behind = int(np.minimum(counts, context_lens - prompt_lens).clip(min=0).sum())
-        if num_behind > self._max_rows:
-            raise ValueError(f"{num_behind} tokens lie behind their prompts: at most {self._max_rows} are planned for")
+        if num_tokens > self._max_rows:
+            counts = query_starts[1:] - query_starts[:-1]
+            num_behind = int(np.minimum(counts, context_lens - prompt_lens).clip(min=0).sum())
+            if num_behind > self._max_rows:
+                raise ValueError(f"{num_behind} tokens lie behind their prompts, of {self._max_rows} at most")
         plan = work.plan_work(query_starts, context_lens, prompt_lens, *self._cuts)
         if tables_R is not None:
             work.name_sequences(plan, tables_R)

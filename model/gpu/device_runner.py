@@ -27,9 +27,8 @@ from model.gpu.device import Device, Event
 from model.gpu.graphs import Buckets, Graphs, Size
 from model.gpu.inputs import PADDING, Ints, StepRows, read_rows
 from model.gpu.step import DeviceStep, Results
-from model.inputs import NOT_YET_KNOWN, SlotTables
-from model.interface import NO_LOGPROBS, Admission, Batch, RunnerShape, Sampled
-from model.sampling import SlotState
+from model.inputs import SlotTables
+from model.interface import NO_LOGPROBS, Admission, Batch, Row, RunnerShape, Sampled
 
 NUM_PIECES = 2
 """Steps that can be in flight before `launch` waits: the one that is computed and the one behind it."""
@@ -83,12 +82,12 @@ class Asked:
 
     def admit(self, slot: int, admission: Admission) -> bool:
         """Takes what a sequence asks for. Returns whether its known tokens must be counted."""
-        state, may_end = SlotState.of(admission), admission.num_prompt + admission.min_new_tokens
+        sampling, may_end = admission.sampling, admission.num_prompt + admission.min_new_tokens
         self.prompt_lens_S[slot] = admission.num_prompt
-        self.num_logprobs_S[slot] = admission.sampling.num_logprobs
-        self._is_changed_S[slot] = state.changes_logits(may_end)
+        self.num_logprobs_S[slot] = sampling.num_logprobs
+        self._is_changed_S[slot] = sampling.has_penalties or bool(sampling.logit_bias)
         self._ban_until_S[slot] = may_end if admission.end_token_ids else 0
-        return state.counts_output or admission.sampling.repetition_penalty != 1
+        return sampling.has_penalties
 
     def changes_logits(self, slots_W: Ints, positions_W: Ints) -> bool:
         """Whether any of these rows is drawn from other logits than the model's."""
@@ -101,9 +100,9 @@ class DeviceRunner:
     def __init__(
         self, device: Device, step: DeviceStep, attention: Attention, shape: RunnerShape, buckets: Buckets
     ) -> None:
-        """`step` must have room for the largest of the buckets and for the largest step of the shape."""
+        """`step` must have room for the largest of the buckets, which are this shape's, and for its largest step."""
         self._device, self._step, self._attention, self._shape = device, step, attention, shape
-        self._buckets = buckets.up_to(shape.num_slots, shape.max_batch_tokens)
+        self._buckets = buckets
         self._graphs = Graphs(device)
         self._tables = SlotTables(shape.num_slots, shape.context_length, shape.num_blocks, shape.block_size)
         self._asked = Asked(shape.num_slots)
@@ -118,18 +117,20 @@ class DeviceRunner:
 
     def launch(self, batch: Batch) -> DevicePending:
         """Starts a step. Tokens that it draws are known to their slots at once; rows need not bring them back."""
-        self._take_in(batch)
+        self._take_in(batch.rows)
         rows = read_rows(batch.rows, self._tables, self._asked.prompt_lens_S)
+        assert rows.num_tokens == batch.num_tokens, "a batch counts its rows' tokens"
         _, slots_W, positions_W = rows.wanted
         piece = self._next_piece()
         wanted = self._asked.num_logprobs_S[slots_W]
-        self._compute(rows, piece, asking=(wanted != NO_LOGPROBS).nonzero()[0])
+        asking = (wanted != NO_LOGPROBS).nonzero()[0]
+        self._compute(rows, piece, asking)
         copies = []
         if rows.num_wanted:
             copies = self._draw(rows.num_wanted, piece, self._asked.changes_logits(slots_W, positions_W))
-        told = self._tell(wanted, copies)
+        told = self._tell(wanted[asking], copies) if len(asking) else None
         pending = DevicePending(self._device.copy_back(copies), piece, wanted.tolist(), told)
-        self._tables.append(slots_W.tolist(), positions_W.tolist(), [NOT_YET_KNOWN] * rows.num_wanted)
+        self._tables.expect(slots_W, positions_W)
         self._last = piece.pending = pending
         return pending
 
@@ -143,18 +144,17 @@ class DeviceRunner:
             self._graphs.capture(num_rows, partial(self._step.draw, num_rows))
         return len(self._graphs)
 
-    def _take_in(self, batch: Batch) -> None:
-        """Takes in what a batch's rows bring: admissions and blocks."""
-        for row in batch.rows:
+    def _take_in(self, rows: Sequence[Row]) -> None:
+        """Takes in what rows bring: admissions, which empty the slot first, and new blocks."""
+        for row in rows:
             if row.admission is not None:
                 self._admit(row.slot, row.admission)
-        self._tables.take_in(batch)
-        for row in batch.rows:
             if row.new_block_ids:
-                first = self._tables.num_blocks_of(row.slot) - len(row.new_block_ids)
+                first = self._tables.extend(row.slot, row.new_block_ids)
                 self._step.slots.extend(row.slot, first, row.new_block_ids)
 
     def _admit(self, slot: int, admission: Admission) -> None:
+        self._tables.admit(slot, admission.token_ids)
         self._step.slots.admit(slot, admission)
         if self._asked.admit(slot, admission):
             known = self._device.pinned(len(admission.token_ids), dtype=torch.int64)
@@ -170,7 +170,8 @@ class DeviceRunner:
 
     def _compute(self, rows: StepRows, piece: Piece, asking: Ints) -> None:
         """Has the device compute the logits of a step."""
-        size = self._buckets.of_step(rows.num_tokens, rows.num_wanted, self._step.max_wanted, is_decode=rows.is_decode)
+        limits = self._shape.max_batch_tokens, self._step.max_wanted
+        size = self._buckets.of_step(rows.num_tokens, rows.num_wanted, *limits, is_decode=rows.is_decode)
         self._bring(rows, piece, size, asking)
         self._graphs.enqueue(size, partial(self._step.compute, *size))
 
@@ -193,12 +194,10 @@ class DeviceRunner:
             self._graphs.enqueue(num_padded, partial(self._step.draw, num_padded))
         return [(self._step.results.words, piece.results)]
 
-    def _tell(self, wanted: Ints, copies: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    def _tell(self, num_logprobs_W: Ints, copies: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Has the device tell log-probabilities to the rows that asked. Returns where they will be."""
-        most = int(wanted.max(initial=NO_LOGPROBS))
-        if most == NO_LOGPROBS:
-            return None
-        shape = int((wanted != NO_LOGPROBS).sum()), logprobs.words_of(min(most, self._shape.vocab_size))
+        most = min(int(num_logprobs_W.max()), self._shape.vocab_size)
+        shape = len(num_logprobs_W), logprobs.words_of(most)
         told = torch.empty(shape, dtype=torch.int32, device=self._device.torch_device)
         self._device.enqueue(partial(self._step.tell, told))
         at_host = self._device.pinned(*shape, dtype=torch.int32)

@@ -1,8 +1,8 @@
 """Whole steps as CUDA graphs: which sizes there are, and the one that a step is padded to.
 
 A graph replays launches in a fraction of the time that it takes the host to make them, but of one size only. So a step
-is padded to the next size, which changes no bit of its rows. Larger steps, whose launches the device outlasts, run as
-they are. It owns what was captured, and knows nothing of what is computed.
+is padded to the next size, which changes no bit of its rows. Larger steps, whose launches the device outlasts, are
+padded a little and launched. It owns what was captured, and knows nothing of what is computed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from model.gpu.device import Device, Work
+
+LARGE_STEP_MULTIPLE = 128
+"""Of tokens: products compute rows in tiles of so many. One that pads them itself takes memory for them, which only
+steps of the sizes that were warmed up have been given."""
 
 
 class Size(NamedTuple):
@@ -41,14 +45,18 @@ class Buckets:
         place = bisect_left(self.decode, num_rows)
         return self.decode[place] if place < len(self.decode) else num_rows
 
-    def of_step(self, num_tokens: int, num_wanted: int, max_wanted: int, *, is_decode: bool) -> Size:
-        """The bucket of a step; its own size where there is none. No bucket wants more than `max_wanted` rows."""
+    def of_step(self, num_tokens: int, num_wanted: int, max_tokens: int, max_wanted: int, *, is_decode: bool) -> Size:
+        """The bucket of a step; where there is none, its own size, or a little more of at most `max_tokens`.
+
+        No bucket wants more than `max_wanted` rows.
+        """
         if is_decode:
             num_tokens = self.of_rows(num_tokens)
             return Size(num_tokens, num_tokens, is_decode_only=True)
         place = bisect_left(self.mixed, num_tokens)
         if place == len(self.mixed):
-            return Size(num_tokens, num_wanted, is_decode_only=False)
+            num_padded = -(-num_tokens // LARGE_STEP_MULTIPLE) * LARGE_STEP_MULTIPLE
+            return Size(min(num_padded, max_tokens), num_wanted, is_decode_only=False)
         return self._mixed_size(self.mixed[place], max_wanted)
 
     def sizes(self, max_wanted: int) -> list[Size]:

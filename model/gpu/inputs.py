@@ -19,7 +19,7 @@ Shape letters: R rows, T tokens, W wanted tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,8 @@ from model.interface import Row
 HEADER_SIZE = 8
 ALIGNED_WORDS = 4
 """Columns begin at multiples of 16 bytes."""
-TOKEN_PADDING = (0, 0, 0, -1, 0)
-WANTED_PADDING = (-1, -1, 0)
+TOKEN_PADDING = np.array([[0], [0], [0], [-1], [0]], np.int32)
+WANTED_PADDING = np.array([[-1], [-1], [0]], np.int32)
 
 Ints = NDArray[np.integer[Any]]
 Words = NDArray[np.int32]
@@ -71,14 +71,18 @@ class StepRows:
 
 
 def read_rows(rows: Sequence[Row], tables: SlotTables, prompt_lens_S: Ints) -> StepRows:
-    """The arrays of rows that the tables have taken in; `prompt_lens_S` are the lengths of their slots' prompts."""
+    """The arrays of rows whose admissions and blocks the tables have taken in.
+
+    `prompt_lens_S` are the lengths of the slots' prompts.
+    """
     slots_R = np.array([row.slot for row in rows])
     positions_T = starts_R = np.array([row.start for row in rows])
     counts_R = np.array([row.num_tokens for row in rows])
     wanting = np.array([row.wants_token for row in rows]).nonzero()[0]
+    slots_T, ends_R = slots_R, starts_R + counts_R
+    tables.check(slots_R, starts_R, ends_R)
     query_starts = np.zeros(len(rows) + 1, dtype=np.int32)
     counts_R.cumsum(out=query_starts[1:])
-    slots_T, ends_R = slots_R, starts_R + counts_R
     if query_starts[-1] > len(rows):
         slots_T = slots_R.repeat(counts_R)
         positions_T = np.arange(len(slots_T)) + (starts_R - query_starts[:-1]).repeat(counts_R)
@@ -166,9 +170,9 @@ class InputBuffer:
         patch_at = plan_at + len(plan)
         host[:HEADER_SIZE] = 0
         host[:2] = patch.shape[1], patch_at
-        *wanted, told = host[HEADER_SIZE : self._tokens_at].reshape(-1, self._wanted_stride)
-        _fill(wanted, step.wanted, WANTED_PADDING, num_wanted)
-        told[: len(asking)] = asking
+        wanted = host[HEADER_SIZE : self._tokens_at].reshape(-1, self._wanted_stride)
+        _fill(wanted[:-1], step.wanted, WANTED_PADDING, num_wanted)
+        wanted[-1, : len(asking)] = asking
         tokens = host[self._tokens_at : plan_at].reshape(len(TOKEN_PADDING), -1)
         _fill(tokens, step.tokens, TOKEN_PADDING, num_tokens)
         host[plan_at:patch_at] = plan
@@ -179,11 +183,13 @@ class InputBuffer:
         return self._tokens_at + len(TOKEN_PADDING) * _aligned(num_tokens)
 
 
-def _fill(columns: Iterable[Words], given: Sequence[Ints], padding: Sequence[int], length: int) -> None:
+def _fill(columns: Words, given: Sequence[Ints], padding: Words, length: int) -> None:
     """Columns that begin with what is given and are padded up to a length."""
-    for column, values, filler in zip(columns, given, padding, strict=True):
-        column[: len(values)] = values
-        column[len(values) : length] = filler
+    num_given = len(given[0])
+    for column, values in zip(columns, given, strict=True):
+        column[:num_given] = values
+    if num_given < length:
+        columns[:, num_given:length] = padding
 
 
 def _aligned(num_words: int) -> int:

@@ -52,6 +52,12 @@ class Tile:
     min_rows: int
     """From how many rows on it is worth its rows that are padding."""
 
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block, at most: in each stage, rows of both factors, of the type that takes more."""
+        row_bytes = max(size * num_inputs for size, num_inputs in BLOCK_INPUTS.items())
+        return self.num_stages * (self.num_rows + self.num_outputs) * row_bytes
+
 
 LARGE = Tile(num_rows=128, num_outputs=128, num_warps=8, num_stages=3, min_rows=65)
 MIDDLE = Tile(num_rows=64, num_outputs=64, num_warps=4, num_stages=3, min_rows=33)
@@ -61,7 +67,7 @@ FEW = Tile(num_rows=16, num_outputs=32, num_warps=4, num_stages=6, min_rows=1)
 ALL_TILES = (LARGE, MIDDLE, NARROW, FEW)
 WGMMA_TILES = (LARGE, MIDDLE, NARROW)
 ONE_TILE = (NARROW,)
-"""Fits 100 KB of shared memory, which cards of compute capability 8.6 and 8.9 have."""
+"""Has room in any card's shared memory: of 8.0 and up, those of compute capability 8.6 and 8.9 have least, 99 KiB."""
 
 
 class TiledProduct:
@@ -102,6 +108,11 @@ def tile_for(tiles: Sequence[Tile], num_rows: int, num_outputs: int) -> Tile:
         if num_rows >= tile.min_rows and num_programs >= MIN_PROGRAMS:
             return tile
     return tiles[-1]
+
+
+def tiles_within(tiles: Sequence[Tile], shared_bytes: int) -> tuple[Tile, ...]:
+    """Those that have room in a block's shared memory."""
+    return tuple(tile for tile in tiles if tile.shared_bytes <= shared_bytes)
 
 
 def _constants_of(tile: Tile, num_outputs: int, num_inputs: int, element_bytes: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ the card at hand, with rows whose results show the order of their sums (model/li
 
     library                 as it is, without splits of the inputs
     library, padded         with rows up to a multiple, for which it may keep to one kernel
-    tiles                   our own kernel (model/gpu/matmul.py) with all of its tiles
+    tiles                   our own kernel (model/gpu/matmul.py) with all of its tiles that the card has room for
     tiles of wgmma          without the one that multiplies by another instruction
     one tile                which holds by construction
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from model.gpu.matmul import ALL_TILES, ONE_TILE, WGMMA_TILES, TiledProduct
+from model.gpu.matmul import ALL_TILES, ONE_TILE, WGMMA_TILES, TiledProduct, tiles_within
 from model.linear import TEST_ROWS, cancelling_rows, holds
 
 Product = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
@@ -177,27 +177,26 @@ def forbid_split_sums(device: torch.device) -> None:
         torch.backends.cuda.preferred_blas_library("cublaslt")
 
 
-def candidates() -> list[Candidate]:
-    """All, the best first."""
+def candidates(shared_bytes: int) -> list[Candidate]:
+    """All, the best first, with the tiles that have room in so much shared memory of a block."""
     return [
         Candidate("library", library_product),
         *(Candidate(f"library, rows in {many}s", PaddedProduct(library_product, many)) for many in MULTIPLES),
-        Candidate("tiles", TiledProduct(ALL_TILES)),
-        Candidate("tiles of wgmma", TiledProduct(WGMMA_TILES)),
+        Candidate("tiles", TiledProduct(tiles_within(ALL_TILES, shared_bytes))),
+        Candidate("tiles of wgmma", TiledProduct(tiles_within(WGMMA_TILES, shared_bytes))),
         Candidate("one tile", TiledProduct(ONE_TILE)),
     ]
 
 
 def choose_product(
-    uses: Iterable[Use], max_rows: int, device: torch.device, among: Sequence[Candidate] | None = None
+    uses: Iterable[Use], max_rows: int, device: torch.device, among: Sequence[Candidate]
 ) -> tuple[ChosenProduct, ProductReport]:
     """The first candidate whose rows have equal bits whatever their number, for each kind of some matrices.
 
-    The weights are on the device; `among` is `candidates()` by default, the best first. Where none holds, the first one
-    that computes at all is taken, and the report says so. Raises ValueError where none computes.
+    The weights are on the device. Where none holds, the first one that computes at all is taken, and the report says
+    so. Raises ValueError where none computes.
     """
     forbid_split_sums(device)
-    among = candidates() if among is None else among
     products: dict[Kind, Product] = {}
     choices = []
     for use in uses:

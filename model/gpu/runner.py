@@ -28,7 +28,7 @@ from model.gpu.forward import DeviceCache, Forward, Parameters
 from model.gpu.graphs import Buckets
 from model.gpu.inputs import InputBuffer
 from model.gpu.loading import load_onto
-from model.gpu.products import Candidate, choose_product
+from model.gpu.products import Candidate, candidates, choose_product
 from model.gpu.slots import SlotMemory
 from model.gpu.step import DeviceStep
 from model.gpu.tiles import BLOCK_SIZE, PROGRAMS_PER_MULTIPROCESSOR, choose_tiles
@@ -162,7 +162,8 @@ def _build(
     max_wanted = max(shape.num_slots, *buckets.decode)
     max_tokens = max(shape.max_batch_tokens, max_wanted, *buckets.mixed)
     attention = _make_attention(config, options, shape, device)
-    product, report = choose_product(parameters.uses(max_wanted), max_tokens, device.torch_device, products)
+    among = candidates(device.shared_bytes) if products is None else products
+    product, report = choose_product(parameters.uses(max_wanted), max_tokens, device.torch_device, among)
     _logger.log(logging.INFO if report.holds else logging.WARNING, "matrix products: %s", report)
     forward = Forward(config, parameters, cache, attention, product, shape.context_length, max_tokens, max_wanted)
     max_blocks = -(-shape.context_length // shape.block_size)

@@ -29,17 +29,16 @@ from torch import Tensor
 from model.gpu.penalties import NOTHING, Changes, change_values
 from model.gpu.sampler import DrawParameters, draw_values
 from model.gpu.variant import Variant
-from model.interface import Admission
+from model.interface import MAX_END_TOKEN_IDS, MAX_LOGIT_BIAS, Admission
 
 WORD_BYTES = 4
 ALIGNED_WORDS = 4
 """Tables begin at multiples of 16 bytes."""
-MAX_NUM_BIASES = 1024
-MAX_NUM_ENDS = 128
-"""Of one sequence. More than the door lets in."""
 PATCH_PROGRAMS = 16
 PATCH_TILE = 1024
 KEEP_TILE = 128
+
+NO_PATCH = np.zeros((2, 0), np.int32)
 
 INT32, FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 TERMS = np.dtype(
@@ -70,7 +69,7 @@ class SlotMemory:
     def __init__(self, num_slots: int, max_blocks: int, vocab_size: int, device: torch.device) -> None:
         """`max_blocks` is the length of a block table, B."""
         terms = {name: TERMS[name].itemsize // WORD_BYTES for name in TERMS.names or ()}
-        lists = {"bias_ids": MAX_NUM_BIASES, "biases": MAX_NUM_BIASES, "end_ids": MAX_NUM_ENDS}
+        lists = {"bias_ids": MAX_LOGIT_BIAS, "biases": MAX_LOGIT_BIAS, "end_ids": MAX_END_TOKEN_IDS}
         self._widths = {"block_tables": max_blocks, "last_tokens": 1, **terms, **lists}
         sizes = [-(-num_slots * width // ALIGNED_WORDS) * ALIGNED_WORDS for width in self._widths.values()]
         self._starts = dict(zip(self._widths, [0, *accumulate(sizes)], strict=False))
@@ -94,7 +93,7 @@ class SlotMemory:
     def admit(self, slot: int, admission: Admission) -> None:
         """Takes what the sequence that has just got this slot asks for; what the one before did is forgotten."""
         bias, ends = admission.sampling.logit_bias, admission.end_token_ids
-        assert len(bias) <= MAX_NUM_BIASES and len(ends) <= MAX_NUM_ENDS, "a slot has room for so many tokens"
+        assert len(bias) <= MAX_LOGIT_BIAS and len(ends) <= MAX_END_TOKEN_IDS, "a slot has room for so many tokens"
         terms = (*draw_values(admission.sampling, self.draw_parameters.vocab_size), *change_values(admission))
         self._places += (self._term_places + slot * self._term_widths).tolist()
         self._patch += np.array([terms], dtype=TERMS).view(np.int32).tolist()
@@ -108,6 +107,8 @@ class SlotMemory:
 
     def take_patch(self) -> NDArray[np.int32]:
         """What has changed since the last call: [2, length], places, each once, and the words that go there."""
+        if not self._places:  # as in most steps
+            return NO_PATCH
         patch = np.array([self._places, self._patch], dtype=np.int32)
         self._places, self._patch = [], []
         return patch

@@ -95,8 +95,9 @@ def plan_work(
     Row r brings the query tokens [query_starts[r], query_starts[r + 1]), the last of its context_lens[r] positions; the
     first prompt_lens[r] positions of all are its prompt's.
     """
-    starts, counts = query_starts[:-1], query_starts[1:] - query_starts[:-1]
-    counts = np.where(context_lens > 0, counts, 0)
+    # What is reckoned with has one type: where they are mixed, NumPy takes several times as long.
+    starts, context_lens = query_starts[:-1].astype(np.int64), context_lens.astype(np.int64)
+    counts = (query_starts[1:] - starts) * (context_lens > 0)
     first_positions = context_lens - counts
     assert (first_positions >= 0).all()
     num_of_prompt = (prompt_lens - first_positions).clip(0, counts)
@@ -149,25 +150,40 @@ def _split(tiles: Tiles, cut: Cut, first_place: int) -> tuple[NDArray[np.int32],
     """The items and merges of some tiles; their partial results lie from `first_place` on."""
     if not len(tiles.row):
         return np.empty((0, ITEM_SIZE), np.int32), np.empty((0, MERGE_SIZE), np.int32)
-    kv_hi = tiles.first_position + tiles.num_queries
-    kv_lo = np.zeros_like(kv_hi) if cut.window is None else np.maximum(0, tiles.first_position - cut.window + 1)
-    first_split = kv_lo // cut.split
-    num_splits = -(-kv_hi // cut.split) - first_split
-    num_places = tiles.num_queries * num_splits * (num_splits > 1)
+    row, first_query, num_queries, first_position = tiles
+    kv_hi = first_position + num_queries
+    num_splits = -(-kv_hi // cut.split)
+    first_split = np.zeros_like(num_splits)
+    if cut.window is not None:
+        kv_lo = np.maximum(0, first_position - cut.window + 1)
+        first_split = kv_lo // cut.split
+        num_splits -= first_split
+    num_merged = num_queries * (num_splits > 1)
+    num_places = num_merged * num_splits
     base = first_place + num_places.cumsum() - num_places
 
-    tile, split = _expand(num_splits)
-    border = (first_split[tile] + split) * cut.split
-    lo, hi = np.maximum(kv_lo[tile], border), np.minimum(kv_hi[tile], border + cut.split)
+    # The items of a tile begin as copies. What grows from one to the next counts through the items of all tiles, so
+    # that a tile's own count is what comes before it less.
+    before = num_splits.cumsum() - num_splits
+    lo, place = (first_split - before) * cut.split, base - before
+    items = _columns(row, first_query, num_queries, first_position, lo, kv_hi, place, num_splits)
+    items = items.repeat(num_splits, axis=0)
+    number = np.arange(len(items), dtype=np.int32)
+    lo, hi, place = items[:, 4:7].T
+    lo += number * cut.split
+    place += number
+    np.minimum(hi, lo + cut.split, out=hi)
+    if cut.window is not None:
+        np.maximum(lo, kv_lo.repeat(num_splits), out=lo, casting="same_kind")
     order = (lo - hi).argsort(kind="stable")  # the longest first: programs that take turns end together
-    of_tile, place = (column[tile] for column in tiles), base[tile] + split
-    items = _columns(*of_tile, lo, hi, place, num_splits[tile])[order]
-    if not num_places.any():
-        return items, np.empty((0, MERGE_SIZE), np.int32)
+    return items.take(order, axis=0), _merges(first_query, num_merged, num_splits, first_place)
 
-    tile, query = _expand(tiles.num_queries * (num_splits > 1))
-    places = base[tile] + query * num_splits[tile]
-    return items, _columns(tiles.first_query[tile] + query, places, num_splits[tile], np.zeros_like(places))
+
+def _merges(first_query: Ints, num_merged: Ints, num_splits: Ints, first_place: int) -> NDArray[np.int32]:
+    """The merges of tiles, of so many tokens each; their partial results lie one after another."""
+    splits = num_splits.repeat(num_merged)
+    token = np.arange(len(splits)) + (first_query + num_merged - num_merged.cumsum()).repeat(num_merged)
+    return _columns(token, first_place + splits.cumsum() - splits, splits, np.zeros_like(splits))
 
 
 def _columns(*columns: Ints) -> NDArray[np.int32]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isfinite, isnan
 
-from model.interface import NO_LOGPROBS, RunnerShape, Sampling
+from model.interface import MAX_END_TOKEN_IDS, MAX_LOGIT_BIAS, NO_LOGPROBS, RunnerShape, Sampling
 from service.engine.messages import Limits, Submit
 
 
@@ -32,6 +32,7 @@ def _has_sound_lengths(submit: Submit, shape: RunnerShape) -> bool:
 def _has_sound_limits(limits: Limits, vocab_size: int) -> bool:
     return (
         0 <= limits.min_new_tokens <= limits.max_new_tokens
+        and len(limits.end_token_ids) <= MAX_END_TOKEN_IDS
         and _are_tokens(limits.end_token_ids, vocab_size)
         and not isnan(limits.deadline)
         and not isnan(limits.arrival)
@@ -55,6 +56,7 @@ def _has_sound_sampling(sampling: Sampling, vocab_size: int) -> bool:
         and 0 <= sampling.top_k <= vocab_size
         and 0 <= sampling.seed < 2**64
         and NO_LOGPROBS <= sampling.num_logprobs <= vocab_size
+        and len(sampling.logit_bias) <= MAX_LOGIT_BIAS
         and _are_tokens([token_id for token_id, _ in sampling.logit_bias], vocab_size)
     )
 

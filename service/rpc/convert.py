@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from model.interface import NO_LOGPROBS, ModelFacts, Sampling
+from model.interface import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, NO_LOGPROBS, ModelFacts, Sampling
 from service.errors import (
     ContextLengthExceeded,
     ExceedsKvCapacity,
@@ -27,11 +27,9 @@ from service.rpc.violations import Range, Violations
 from service.text.chat import EncodedChat, Message, TemplateError
 
 MAX_REQUEST_BYTES = 16 * 2**20
-MAX_LOGIT_BIAS = 1024
 MAX_MESSAGES = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
-MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20
 MAX_SALT_BYTES = 256
 MAX_LABEL_CHARS = 128

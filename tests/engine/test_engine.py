@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from model.interface import NO_LOGPROBS, Batch, RunnerShape, Sampling
+from model.interface import MAX_END_TOKEN_IDS, MAX_LOGIT_BIAS, NO_LOGPROBS, Batch, RunnerShape, Sampling
 from service.engine.engine import Engine, EngineOptions
 from service.engine.messages import NO_TOKEN, FinishCode
 from tests.engine.conftest import FakeClock
@@ -241,6 +241,7 @@ def bad_submits() -> dict[str, dict[str, object]]:
         "beyond the context": {"prompt": [1] * 100, "max_new": 157},
         "nothing to generate": {"prompt": [1], "max_new": 0},
         "end token beyond the vocabulary": {"prompt": [1], "end": (SHAPE.vocab_size,)},
+        "more end tokens than a runner keeps": {"prompt": [1], "end": (2,) * (MAX_END_TOKEN_IDS + 1)},
         "minimum above maximum": {"prompt": [1], "max_new": 3, "min_new": 4},
         "seed": {"prompt": [1], "seed": -1},
         "logprobs": {"prompt": [1], "num_logprobs": SHAPE.vocab_size + 1},
@@ -266,6 +267,7 @@ def test_what_cannot_be_indexed_is_refused(engine: Engine, ledger: Ledger, field
         Sampling(top_k=-1),
         Sampling(logit_bias=((SHAPE.vocab_size, 1.0),)),
         Sampling(logit_bias=((1, float("nan")),)),
+        Sampling(logit_bias=((1, 0.5),) * (MAX_LOGIT_BIAS + 1)),
     ],
 )
 def test_unsound_sampling_is_refused(engine: Engine, ledger: Ledger, sampling: Sampling) -> None:

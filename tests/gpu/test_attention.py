@@ -299,7 +299,7 @@ def test_limits_and_sizes_are_checked():
         case = make_case(spans)
         with pytest.raises(ValueError, match="are planned for"):
             attention.plan(*case.lengths)
-    with pytest.raises(ValueError, match="3 tokens lie behind their prompts: at most 2"):
+    with pytest.raises(ValueError, match="3 tokens lie behind their prompts, of 2 at most"):
         attention.plan(np.array([0, 4], np.int32), np.array([4], np.int32), np.array([1]))
     for heads, tile, said in [
         (variant_of(num_kv_heads=3), DECODE, "no multiple of 3"),

@@ -8,7 +8,19 @@ import torch
 from torch import Tensor
 
 from model.gpu import matmul
-from model.gpu.matmul import ALL_TILES, FEW, LARGE, MIDDLE, NARROW, ONE_TILE, WGMMA_TILES, Tile, TiledProduct, tile_for
+from model.gpu.matmul import (
+    ALL_TILES,
+    FEW,
+    LARGE,
+    MIDDLE,
+    NARROW,
+    ONE_TILE,
+    WGMMA_TILES,
+    Tile,
+    TiledProduct,
+    tile_for,
+    tiles_within,
+)
 from model.linear import cancelling_rows
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -114,6 +126,16 @@ def test_tiles_give_a_card_work(num_rows: int, num_outputs: int, tile: Tile) -> 
     assert tile_for(ALL_TILES, num_rows, num_outputs) == tile
     assert tile_for(WGMMA_TILES, num_rows, num_outputs) == (NARROW if tile is FEW else tile)
     assert tile_for(ONE_TILE, num_rows, num_outputs) == NARROW
+
+
+@pytest.mark.parametrize(
+    ("card", "kib", "tiles"),
+    [("9.0", 227, ALL_TILES), ("8.0", 163, (MIDDLE, NARROW, FEW)), ("8.6 and 8.9", 99, (MIDDLE, NARROW, FEW))],
+)
+def test_smaller_cards_do_without_what_they_have_no_room_for(card: str, kib: int, tiles: tuple[Tile, ...]) -> None:
+    assert tiles_within(ALL_TILES, kib * 2**10) == tiles
+    assert tiles_within(WGMMA_TILES, kib * 2**10) == tuple(tile for tile in tiles if tile is not FEW)
+    assert tiles_within(ONE_TILE, kib * 2**10) == ONE_TILE
 
 
 def test_buffers_that_would_change_the_code_are_refused() -> None:

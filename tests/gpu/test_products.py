@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.gpu import products
+from model.gpu.device import CudaDevice
 from model.gpu.matmul import ONE_TILE, TiledProduct
 from model.gpu.products import Candidate, PaddedProduct, Use, choose_product, forbid_split_sums, library_product
 
@@ -225,7 +226,7 @@ def test_our_own_product_holds_where_the_library_does_not() -> None:
 def test_a_product_holds_on_a_card(shape: tuple[int, int]) -> None:
     weight, bias = (tensor.cuda() for tensor in matrix(*shape, torch.bfloat16))
     uses = [Use(weight), Use(weight, bias), Use(weight, out_dtype=torch.float32, max_rows=256)]
-    among = products.candidates()
+    among = products.candidates(CudaDevice().shared_bytes)
     for first in range(len(among)):
         _, report = choose_product(uses, 2048, weight.device, among[first:])
         print(report)

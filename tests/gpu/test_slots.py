@@ -9,8 +9,8 @@ import torch
 from model.gpu.inputs import PADDING, InputBuffer
 from model.gpu.penalties import Changes
 from model.gpu.sampler import DrawParameters
-from model.gpu.slots import MAX_NUM_BIASES, MAX_NUM_ENDS, SlotMemory, apply_patch, keep_tokens, variants
-from model.interface import Admission, Sampling
+from model.gpu.slots import SlotMemory, apply_patch, keep_tokens, variants
+from model.interface import MAX_END_TOKEN_IDS, MAX_LOGIT_BIAS, Admission, Sampling
 
 NUM_SLOTS, MAX_BLOCKS, VOCAB_SIZE = 3, 5, 97
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def admissions() -> list[tuple[int, Admission]]:
     """By slot, in their order; slots 1 and 2 are given away again, with less to ask for."""
     return [
         (1, Admission((3, 4), 2, DEMANDING, 4, (7, 8, 9))),
-        (2, Admission((1,), 1, DEMANDING, 2, tuple(range(MAX_NUM_ENDS)))),
+        (2, Admission((1,), 1, DEMANDING, 2, tuple(range(MAX_END_TOKEN_IDS)))),
         (0, Admission((5, 6, 7), 2, Sampling())),
         (1, Admission((9,), 1, FEW, 1, (2,))),
         (2, Admission((1, 2), 2, Sampling(temperature=0.0))),
@@ -57,7 +57,7 @@ def admissions() -> list[tuple[int, Admission]]:
 
 def test_tables_are_those_of_one_slot_after_another() -> None:
     card, drawn = Card(), DrawParameters.empty(NUM_SLOTS, VOCAB_SIZE, "cpu")
-    changes = Changes.empty(NUM_SLOTS, VOCAB_SIZE, MAX_NUM_BIASES, MAX_NUM_ENDS, "cpu")
+    changes = Changes.empty(NUM_SLOTS, VOCAB_SIZE, MAX_LOGIT_BIAS, MAX_END_TOKEN_IDS, "cpu")
     for slot, admission in admissions():
         card.memory.admit(slot, admission)
         assert card.patch() > 0
@@ -90,14 +90,14 @@ def test_block_tables_and_tokens() -> None:
 
 def test_the_longest_patch_has_room_and_no_place_twice() -> None:
     memory = SlotMemory(NUM_SLOTS, MAX_BLOCKS, VOCAB_SIZE, CPU)
-    bias = tuple((token_id % VOCAB_SIZE, 1.0) for token_id in range(MAX_NUM_BIASES))
+    bias = tuple((token_id % VOCAB_SIZE, 1.0) for token_id in range(MAX_LOGIT_BIAS))
     for slot in range(NUM_SLOTS):
-        memory.admit(slot, Admission((1,), 1, Sampling(logit_bias=bias), 1, tuple(range(MAX_NUM_ENDS))))
+        memory.admit(slot, Admission((1,), 1, Sampling(logit_bias=bias), 1, tuple(range(MAX_END_TOKEN_IDS))))
         memory.extend(slot, 0, range(MAX_BLOCKS))
     places, _ = memory.take_patch()
     assert len(set(places.tolist())) == len(places) == memory.max_patch_words - NUM_SLOTS  # but for the last tokens
     with pytest.raises(AssertionError, match="room"):
-        memory.admit(0, Admission((1,), 1, Sampling(), 1, tuple(range(MAX_NUM_ENDS + 1))))
+        memory.admit(0, Admission((1,), 1, Sampling(), 1, tuple(range(MAX_END_TOKEN_IDS + 1))))
 
 
 def test_variants_name_every_argument() -> None:

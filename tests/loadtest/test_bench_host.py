@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench_host import LOADS, Case, Plan, figures, measure, parse
-from loadtest.host_loop import PHASES, FakeDevice, MeasuredLoop, Turn, Watch
-from model.interface import RunnerShape
+from loadtest.bench_host import LOADS, Case, Plan, card, figures, measure, parse
+from loadtest.host_loop import PHASES, TOKEN, MeasuredLoop, NoRunner, StepClock, Turn, Watch
+from model.interface import Admission, Batch, Row, RunnerShape, Sampling
 from service.engine.engine import EngineOptions
 
 NO_TIME = 0.0
@@ -19,9 +19,14 @@ SHAPE = RunnerShape(
 
 
 @pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("runner", ["card", "none"])
 @pytest.mark.parametrize(("load", "least_tokens", "most_tokens"), [("decode", 3, 3), ("prompts", 3, 520)])
-def test_every_step_has_the_rows_asked_for(load: str, depth: int, least_tokens: int, most_tokens: int) -> None:
-    found = measure(Case(load, 3, depth, 64), Plan((), NO_TIME, steps=8, rounds=2))
+def test_every_step_has_the_rows_asked_for(
+    runner: str, load: str, depth: int, least_tokens: int, most_tokens: int
+) -> None:
+    if runner == "card":
+        pytest.importorskip("triton")
+    found = measure(Case(runner, load, 3, depth, 64), Plan((), NO_TIME, steps=8, rounds=2))
     assert found.keys() == {*PHASES, "all", "all_p50", "all_p99", "rows", "tokens", "disturbed"}
     assert found["rows"]["median"] == pytest.approx(3, abs=1)
     assert least_tokens <= found["tokens"]["min"] and found["tokens"]["max"] <= most_tokens
@@ -32,7 +37,8 @@ def test_every_step_has_the_rows_asked_for(load: str, depth: int, least_tokens: 
 
 def test_whoever_ends_is_followed_by_another(tmp_path: Path) -> None:
     first, later = LOADS["churn"](3)
-    loop = MeasuredLoop(FakeDevice(SHAPE, NO_TIME), EngineOptions(), tmp_path / "socket", later)
+    clock = StepClock(NO_TIME)
+    loop = MeasuredLoop(NoRunner(SHAPE, clock), clock, EngineOptions(), tmp_path / "socket", later)
     try:
         loop.start(first, 0)
         turns = loop.run(300)  # more than the longest answer
@@ -45,7 +51,8 @@ def test_whoever_ends_is_followed_by_another(tmp_path: Path) -> None:
 
 def test_a_step_takes_its_time_and_none_of_it_is_the_hosts(tmp_path: Path) -> None:
     first, later = LOADS["decode"](2)
-    loop = MeasuredLoop(FakeDevice(SHAPE, 0.05), EngineOptions(), tmp_path / "socket", later)
+    clock = StepClock(0.05)
+    loop = MeasuredLoop(NoRunner(SHAPE, clock), clock, EngineOptions(), tmp_path / "socket", later)
     try:
         loop.start(first, 0)
         began = time.perf_counter()
@@ -56,6 +63,20 @@ def test_a_step_takes_its_time_and_none_of_it_is_the_hosts(tmp_path: Path) -> No
     assert seconds >= 4 * 0.05 * 0.9
     assert sum(turn.device_seconds for turn in turns) >= 4 * 0.05 * 0.9
     assert sum(turn.host_seconds for turn in turns) <= seconds - sum(turn.device_seconds for turn in turns)
+
+
+def test_the_runner_for_a_card_waits_for_results_only() -> None:
+    pytest.importorskip("triton")
+    runner = card(SHAPE, StepClock(0.05))
+    began = time.perf_counter()
+    row = Row(0, 0, 2, (4,), wants_token=True, admission=Admission((5, 6), 2, Sampling()))
+    pendings = [runner.launch(Batch([row], 2)), runner.launch(Batch([Row(0, 2, 1, wants_token=True)], 1))]
+    launched = time.perf_counter()
+    assert launched - began < 0.05
+    for pending in pendings:
+        sampled = pending.result()
+        assert (sampled.token_ids, sampled.is_finite, sampled.logprobs) == ([TOKEN], [True], [])
+    assert time.perf_counter() - began >= 2 * 0.05
 
 
 def test_a_wrapped_function_counts_without_those_inside_it() -> None:

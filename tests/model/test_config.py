@@ -118,6 +118,7 @@ def test_config_as_transformers_saves_it(tmp_path: Path) -> None:
         ({"torch_dtype": "int8"}, "torch_dtype: expected 'bfloat16'"),
         ({"eos_token_id": 512}, "eos_token_id: expected token ids below"),
         ({"eos_token_id": [2, -1]}, "eos_token_id: expected token ids below"),
+        ({"eos_token_id": [*range(65)]}, "eos_token_id: expected at most 64 token ids"),
     ],
 )
 def test_unsupported_is_refused_by_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
-from model.inputs import SlotTables, StepInputs
+from model.inputs import NOT_YET_KNOWN, SlotTables, StepInputs
 from model.interface import Admission, Batch, Row, Sampling
 
 CONTEXT, BLOCK_SIZE, NUM_BLOCKS = 40, 4, 99
@@ -66,6 +67,16 @@ def test_drawn_tokens_feed_the_next_row() -> None:
     assert t.tokens[3, :4].tolist() == [1, 2, 3, 42]
 
 
+def test_a_token_that_is_expected_can_be_computed() -> None:
+    t = tables()
+    prepare(t, batch(admitted(3, [1, 2, 3], 3, [8]), admitted(1, [5], 1, [9])))
+    t.expect(np.array([3, 1]), np.array([3, 1]))
+    step = prepare(t, batch(Row(3, 2, 2), Row(1, 1, 1)))
+    assert step.ids_T.tolist() == [3, NOT_YET_KNOWN, NOT_YET_KNOWN]
+    with pytest.raises(AssertionError, match="known tokens"):
+        check(t, [Row(3, 3, 2)])
+
+
 def test_a_token_at_the_end_of_the_context_is_kept() -> None:
     t = tables()
     prepare(t, batch(admitted(0, range(CONTEXT), CONTEXT, range(10), wants=True)))
@@ -86,6 +97,12 @@ def test_a_step_that_wants_nothing() -> None:
     assert step.wanted_W.shape == (0,)
 
 
+def check(t: SlotTables, rows: Sequence[Row]) -> None:
+    """Of rows that bring nothing."""
+    slots, starts, counts = (np.array([getattr(row, name) for row in rows]) for name in ("slot", "start", "num_tokens"))
+    t.check(slots, starts, starts + counts)
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -102,11 +119,18 @@ def test_what_an_engine_must_not_send_fails(rows: list[Row]) -> None:
     prepare(t, batch(admitted(0, range(9), 4, [1, 2])))
     with pytest.raises(AssertionError):
         prepare(t, batch(*rows))
+    if not any(row.new_block_ids for row in rows):
+        with pytest.raises(AssertionError):
+            check(t, [Row(0, 4, 4), *rows])
 
 
 def test_positions_without_blocks_fail() -> None:
+    t = tables()
     with pytest.raises(AssertionError, match="have blocks"):
-        prepare(tables(), batch(admitted(0, range(9), 9, [1, 2])))
+        prepare(t, batch(admitted(0, range(9), 9, [1, 2])))
+    check(t, [Row(0, 0, 8)])
+    with pytest.raises(AssertionError, match="have blocks"):
+        check(t, [Row(0, 0, 9)])
 
 
 def test_the_count_of_tokens_is_checked() -> None:
