@@ -94,8 +94,8 @@ MERGE_WARPS = 4
 class PagedAttention:
     """Attention of steps of at most `max_rows` rows and `max_tokens` query tokens, with contexts up to `max_context`.
 
-    See model.gpu.attention_base.Attention. A step: `plan` on the host, `load` to the device, then `attend` for each
-    layer. A captured `attend` reads whatever plan was loaded last.
+    See model.gpu.attention_base.Attention. A step: `plan` on the host, a copy of it to the device, then `attend` for
+    each layer. A captured `attend` reads whatever plan lies there.
     """
 
     def __init__(
@@ -124,8 +124,7 @@ class PagedAttention:
         self._num_programs = num_programs
         self._cuts = _cut_of(decode, heads), _cut_of(prefill, heads)
         capacity = work.capacity_of(*self._cuts, max_rows, max_tokens, max_context)
-        self.work = torch.zeros(capacity.num_words, dtype=torch.int32, device=device)
-        """The plan that `attend` follows where it is given none. As long as a plan can be."""
+        self._num_plan_words = capacity.num_words
         places = capacity.num_partials, heads.num_heads
         self._partials = torch.empty(*places, heads.head_dim, dtype=torch.float32, device=device)
         self._peaks = torch.empty(places, dtype=torch.float32, device=device)
@@ -133,8 +132,8 @@ class PagedAttention:
 
     @property
     def num_plan_words(self) -> int:
-        """See Attention: the length of `work`."""
-        return len(self.work)
+        """See Attention."""
+        return self._num_plan_words
 
     def plan(
         self,
@@ -161,10 +160,6 @@ class PagedAttention:
             work.name_sequences(plan, tables_R)
         return plan
 
-    def load(self, plan: NDArray[np.int32]) -> None:
-        """Brings a plan to the device, and waits until it is there."""
-        self.work[: len(plan)].copy_(torch.from_numpy(plan))
-
     def attend(
         self,
         q_THD: Tensor,
@@ -174,16 +169,16 @@ class PagedAttention:
         out_THD: Tensor,
         sinks_H: Tensor | None = None,
         *,
+        plan: Tensor,
         is_decode_only: bool = False,
-        plan: Tensor | None = None,
     ) -> None:
         """Attention of one layer, into `out_THD`; tokens of padding are not written.
 
         `q_THD` [T, H, D] may be a part of a wider row, its heads side by side; the caches are of Layout.PLAIN,
         contiguous [num_blocks, K, block_size, D]; `block_tables` int32 [R, blocks]; `out_THD` contiguous. All but the
         tables have one dtype and begin at multiples of 16 bytes. `sinks_H` float32 [H] are logits that take part in the
-        sums of the softmax only. `is_decode_only` leaves out the launch for tokens of prompts: none may be in the
-        plan. `plan` is where one lies that the caller has brought to the device; without it, `load` has.
+        sums of the softmax only. `plan`, on the device, begins with the step's. `is_decode_only` leaves out the
+        launch for tokens of prompts: none may be in the plan.
         """
         heads = self._heads
         assert q_THD.stride()[1:] == (heads.head_dim, 1) and block_tables.stride(1) == 1
@@ -192,7 +187,6 @@ class PagedAttention:
         has_sinks = sinks_H is not None
         sinks = self._totals if sinks_H is None else sinks_H
         partials = self._partials, self._peaks, self._totals
-        plan = self.work if plan is None else plan
         for is_prefill, tile in enumerate((self._decode,) if is_decode_only else (self._decode, self._prefill)):
             attend_items[(self._num_programs,)](
                 q_THD,

@@ -67,10 +67,10 @@ class Case:
             decode=decode,
             prefill=prefill,
         )
-        attention.load(attention.plan(*self.lengths))
+        plan = torch.from_numpy(attention.plan(*self.lengths))
         out = torch.full_like(self.q, UNTOUCHED, memory_format=torch.contiguous_format)
         tensors = self.q, self.k_cache, self.v_cache, self.tables, out, self.sinks
-        attention.attend(*tensors, is_decode_only=is_decode_only)
+        attention.attend(*tensors, plan=plan, is_decode_only=is_decode_only)
         return out
 
     def reference(self):
@@ -225,14 +225,17 @@ def test_a_plan_replaces_the_last_one():
     case = make_case([(70, 1), (37, 37), (90, 30)])
     limits = {"max_rows": 3, "max_tokens": 68, "max_context": 90, "num_programs": 2, "device": torch.device("cpu")}
     attention = PagedAttention(HEADS, **limits, decode=DECODE, prefill=PREFILL)
-    attention.load(attention.plan(*case.lengths))
+    words = torch.zeros(attention.num_plan_words, dtype=torch.int32)
+    plan = torch.from_numpy(attention.plan(*case.lengths))
+    words[: len(plan)] = plan
     out = torch.empty_like(case.q)
-    attention.attend(case.q, case.k_cache, case.v_cache, case.tables, out)
+    attention.attend(case.q, case.k_cache, case.v_cache, case.tables, out, plan=words)
     assert torch.equal(out, case.run())
     part = case.part(1, 0, 37)
-    attention.load(attention.plan(*part.lengths))
+    plan = torch.from_numpy(attention.plan(*part.lengths))
+    words[: len(plan)] = plan
     out = torch.full_like(case.q, UNTOUCHED)
-    attention.attend(part.q, part.k_cache, part.v_cache, part.tables, out)
+    attention.attend(part.q, part.k_cache, part.v_cache, part.tables, out, plan=words)
     assert torch.equal(out[:37], part.run()) and (out[37:] == UNTOUCHED).all()
 
 
