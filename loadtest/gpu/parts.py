@@ -72,11 +72,13 @@ PARTS = (
     Part("models", 60, "loadtest.gpu.models", needs=("numpy", "tokenizers")),
     _of_model("steps", "8B", 70, "steps", MODEL_MODULES),
     _of_model("steps", "1B", 40, "steps", MODEL_MODULES),
+    _of_model("logits", "1B", 40, "logits", MODEL_MODULES),
     _of_model("engine", "8B", 90, "engine", ENGINE_MODULES),
     _of_model("engine", "1B", 60, "engine", ENGINE_MODULES),
     _of_model("transformers", "8B", 60, "transformers_peer", (*MODEL_MODULES, "transformers")),
     _of_model("grpc", "8B", 80, "server", SERVER_MODULES),
     _of_model("transformers", "1B", 40, "transformers_peer", (*MODEL_MODULES, "transformers")),
     _of_model("grpc", "1B", 60, "server", SERVER_MODULES),
+    _of_model("logits", "8B", 100, "logits", MODEL_MODULES),
     Part("tiles", 90, "loadtest.gpu.tiles", needs=("torch", "triton")),
 )

@@ -17,10 +17,14 @@ pytestmark = needs_card
 
 
 def run(
-    runner: Runner, given: Sequence[list[int]], options: EngineOptions, sampling: Sampling | None = None
+    runner: Runner,
+    given: Sequence[list[int]],
+    options: EngineOptions,
+    sampling: Sampling | None = None,
+    ledger: Ledger | None = None,
 ) -> dict[int, list[int]]:
     """Gives an engine all prompts at once; what each goes on with."""
-    engine, ledger = Engine(runner, options), Ledger()
+    engine, ledger = Engine(runner, options), ledger or Ledger()
     for index, prompt in enumerate(given):
         submit = make_submit(index, prompt, NUM_NEW, arrival=float(index))
         one = Sampling(temperature=0.0) if sampling is None else replace(sampling, seed=index)
@@ -49,6 +53,15 @@ def test_alone_and_among_256_the_tokens_are_the_same(tmp_path_factory: pytest.Te
     together = run(runner, given, AHEAD)
     for index in range(0, NUM_SEQUENCES, 32):
         assert run(runner, [given[index]], AHEAD)[0] == together[index], index
+
+
+def test_preemptions_change_no_token(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What was generated before is computed again, several tokens a step, as decoding computed it."""
+    model_dir, ledger = model_in(tmp_path_factory), Ledger()
+    given = [prompt[:60] for prompt in prompts()[2:]]
+    expected = run(loaded(model_dir), given, AHEAD)
+    assert run(loaded(model_dir, num_blocks=250, block_size=16), given, AHEAD, ledger=ledger) == expected
+    assert ledger.num_preempted > 5
 
 
 def test_chunks_and_a_cached_prefix_change_no_token(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -25,6 +25,7 @@ from model.interface import (
     Sampling,
 )
 from model.runner import load_runner
+from service.config import BUILT_IN_MODEL
 from tests.model.checkpoints import write_checkpoint
 
 needs_card = [
@@ -52,14 +53,19 @@ def model_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def loaded(
-    model_dir: Path, captures_graphs: bool = True, gpu_attention: GpuAttention = GpuAttention.TRITON
+    model_dir: Path,
+    captures_graphs: bool = True,
+    gpu_attention: GpuAttention = GpuAttention.TRITON,
+    num_blocks: int = 4000,
+    block_size: int | None = None,
 ) -> DeviceRunner:
     """One runner serves many engines, one after the other."""
     given = RunnerOptions(
         str(model_dir),
         Dtype.BFLOAT16,
         backend=Backend.GPU,
-        num_blocks=4000,
+        num_blocks=num_blocks,
+        block_size=block_size,
         max_num_seqs=NUM_SEQUENCES,
         max_batch_tokens=2048,
         captures_graphs=captures_graphs,
@@ -91,12 +97,13 @@ def skip_without_flash_attention() -> None:
 
 
 @pytest.mark.parametrize("gpu_attention", GpuAttention)
+@pytest.mark.parametrize("is_built_in", [False, True], ids=["random", "built-in"])
 def test_logits_are_near_those_of_a_cpu_in_float32(
-    tmp_path_factory: pytest.TempPathFactory, gpu_attention: GpuAttention
+    tmp_path_factory: pytest.TempPathFactory, gpu_attention: GpuAttention, is_built_in: bool
 ) -> None:
     if gpu_attention is GpuAttention.FLASH_ATTENTION_3:
         skip_without_flash_attention()
-    model_dir = model_in(tmp_path_factory)
+    model_dir = BUILT_IN_MODEL if is_built_in else model_in(tmp_path_factory)
     given = RunnerOptions(str(model_dir), Dtype.FLOAT32, backend=Backend.TORCH, num_blocks=200, max_batch_tokens=2048)
     theirs, mine = load_runner(given)[0], loaded(model_dir, gpu_attention=gpu_attention)
     for prompt in prompts()[:12]:

@@ -17,7 +17,18 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from loadtest.gpu import attention, attention_cases, engine, operators, products, sampler, server, steps, tiles  # noqa: E402
+from loadtest.gpu import (  # noqa: E402
+    attention,
+    attention_cases,
+    engine,
+    logits,
+    operators,
+    products,
+    sampler,
+    server,
+    steps,
+    tiles,
+)
 from loadtest.gpu import models as write_models  # noqa: E402
 from loadtest.gpu.attention import DRY_TILES, TILES  # noqa: E402
 from loadtest.gpu.attention_cases import Cache, Case, Spans  # noqa: E402
@@ -317,6 +328,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (sampler, {"limits", "draw"}),
         (tiles, {"limits", "tile", "best tile"}),
         (steps, {"limits", "loaded", "prefill", "decode"}),
+        (logits, {"logits"}),
         (engine, {"limits", "workload"}),
         pytest.param(server, {"ready", "workload", "W6", "W6 highest rate"}, marks=pytest.mark.e2e),
     ],
