@@ -135,7 +135,9 @@ def loaded(directory, captures_graphs=True, **changes):
 
 
 @pytest.mark.usefixtures("_is_installed", "_takes_float32")
-@pytest.mark.parametrize("captures_graphs", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize(
+    "captures_graphs", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["graphs", "eager"]
+)
 def test_steps_are_those_of_the_cpu(model_dir, captures_graphs):
     """Four sequences, one in chunks, mixed with single tokens; buckets, padding, fewer rows than slots."""
     mine, device = loaded(model_dir, captures_graphs)

@@ -136,7 +136,7 @@ def test_every_part_is_a_module_that_is_there_and_the_whole_has_time_for_half_of
     assert len({part.name for part in PARTS}) == len(PARTS)
     assert sum(part.limit_seconds for part in PARTS) / 2 <= parse([]).seconds <= 9 * 60
     order = [part.name.split()[0] for part in PARTS]
-    wanted = "limits tests attention products operators sampler models steps engine transformers grpc".split()
+    wanted = "limits tests attention products operators sampler models steps logits engine transformers grpc".split()
     assert sorted(wanted, key=order.index) == wanted
 
 
