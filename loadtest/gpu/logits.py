@@ -22,7 +22,7 @@ PROMPTS = (1, 17, 64)
 MAX_BATCH_TOKENS = 64
 NUM_TOLD = 64
 TOLERANCE = 0.2
-"""Of a log-probability. On a CPU, bfloat16 differs from float32 by 0.09 at most in a model of 1B's layers and widths."""
+"""Of a log-probability. On a CPU, bfloat16 costs 0.09 at most in a model of 1B's layers and widths."""
 
 Told = Mapping[int, float]
 """Log-probabilities by token."""
