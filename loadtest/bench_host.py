@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import itertools
 import json
 import random
@@ -109,6 +110,8 @@ def parse(arguments: Sequence[str] | None) -> Plan:
     given = parser.parse_args(arguments)
     if min(given.steps, given.rounds, *given.rows, *given.block_sizes) < 1 or given.step_ms < 0:
         parser.error("rows, block sizes, steps and rounds must be at least 1, a step's time not negative")
+    if "card" in given.runners and importlib.util.find_spec("triton") is None:
+        parser.error("the runner for a card needs triton, which is not installed: --runners none")
     if given.steps * given.rounds > NUM_DECODED // 2:
         parser.error(f"steps times rounds must be at most {NUM_DECODED // 2}")
     cases = itertools.starmap(

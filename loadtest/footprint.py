@@ -1,13 +1,13 @@
 """What serving takes beside its speed: time to the first answer, memory, and what it loses beside another process.
 
-    python -m loadtest.footprint [--model DIR] [--precisions bf16 int8] [--streams 64] [--pool-mib 64] [--rounds 3]
+    python -m loadtest.footprint [--model DIR] [--precisions bf16 int8] [--streams 64] [--pool-mib 16] [--rounds 3]
         [--skip first-answer memory neighbour]
 
 `first-answer`: seconds from the command `serve` to the first token that a client has, built-in model, a fresh process
-each time. `memory`: resident memory of the engine and the front end beyond the weights and a key/value pool that the
-streams have filled, once they have ended; the supervisor's and the engine's peak apart. `neighbour`: speed beside a
-process that keeps one core busy, as a ratio of the speed alone, by turns: one stream, a prompt, eight streams. Figures
-are medians over the rounds, with the least and the largest. The last line of output is one JSON document.
+each time. `memory`: resident memory of the engine and the front end beyond the weights and what streams have held of
+the key/value pool at a time, once they have ended; the supervisor's and the engine's peak apart. `neighbour`: speed
+beside a process that keeps one core busy, as a ratio of the speed alone, by turns: one stream, a prompt, eight streams.
+Figures are medians over the rounds, with the least and the largest. The last line of output is one JSON document.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str] | None) -> Plan:
     parser.add_argument("--model", type=Path, default=BUILT_IN_MODEL, help="of all but the first answer [built-in]")
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=["bf16"], help="default: bf16")
     parser.add_argument("--streams", type=int, default=64, help="that fill the pool (default: %(default)s)")
-    parser.add_argument("--pool-mib", type=int, default=64, help="key/value pool (default: %(default)s)")
+    parser.add_argument("--pool-mib", type=int, default=16, help="key/value pool (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--skip", nargs="+", choices=PARTS, default=[], help="parts that are not measured")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the servers' logs")
@@ -105,28 +105,36 @@ def first_answer_seconds(plan: Plan) -> float:
 
 def measure_memory(plan: Plan, precision: str) -> dict[str, float]:
     """MiB by what takes them, once streams have filled the pool."""
-    options = {"model": str(plan.model), "kv_cache_mib": plan.pool_mib, **PRECISIONS[precision]}
+    options = {
+        "model": str(plan.model),
+        "kv_cache_mib": plan.pool_mib,
+        "max_num_seqs": plan.num_streams,
+        **PRECISIONS[precision],
+    }
     with running_server(plan.out / "footprint-server.log", as_flags({**options, "prefix_cache": False})) as server:
-        asyncio.run(fill_pool(plan, server))
+        pool = plan.pool_mib * asyncio.run(fill_pool(plan, server))
         time.sleep(SETTLE_SECONDS)
         engine, front_end = find_child(server, ENGINE), find_child(server, FRONT_END)
         resident = {name: one.memory_info().rss / MIB for name, one in (("engine", engine), ("front end", front_end))}
         supervisor, peak = psutil.Process(server.pid).memory_info().rss / MIB, peak_mib(engine)
     facts = load_model(Settings.model_validate(options))[1]
     weights = facts.weight_bytes / MIB
-    beyond = sum(resident.values()) - weights - plan.pool_mib
+    beyond = sum(resident.values()) - weights - pool
     return {
         **resident,
         "weights": weights,
-        "pool": plan.pool_mib,
+        "pool": pool,
         "beyond": beyond,
         "supervisor": supervisor,
         "engine's peak": peak,
     }
 
 
-async def fill_pool(plan: Plan, server: RunningServer) -> None:
-    """Runs the streams to their ends. Raises RuntimeError where they did not need all of the pool."""
+async def fill_pool(plan: Plan, server: RunningServer) -> float:
+    """Runs the streams to their ends. Returns the largest share of the pool that they held at a time.
+
+    Raises RuntimeError where that is far from all of it.
+    """
     vocab_size = json.loads((plan.model / "config.json").read_text())["vocab_size"]
     target, fullest = GrpcTarget(server.address), 0.0
     try:
@@ -141,6 +149,7 @@ async def fill_pool(plan: Plan, server: RunningServer) -> None:
         await target.close()
     if fullest < 0.9:
         raise RuntimeError(f"the streams filled {fullest:.0%} of the pool: take more of them, or a smaller one")
+    return fullest
 
 
 def find_child(server: RunningServer, module: str) -> psutil.Process:

@@ -52,11 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tiles = DRY_TILES if options.is_dry else TILES
     is_sound = [measure_model(options, name, GpuAttention.TRITON, tiles) for name in names_of(options.is_dry)]
     for name in names_of(options.is_dry):
-        fault = find_flash_fault(options, name)
-        if fault is None:
+        try:
+            if (fault := find_flash_fault(options, name)) is not None:
+                raise ValueError(fault)
             is_sound.append(measure_model(options, name, GpuAttention.FLASH_ATTENTION_3, Flash3()))
-        else:
-            options.records.write("attention left out", model=name, by=GpuAttention.FLASH_ATTENTION_3, why=fault)
+        except ValueError as fault:
+            options.records.write("attention left out", model=name, by=GpuAttention.FLASH_ATTENTION_3, why=str(fault))
     return 0 if all(is_sound) else 1
 
 

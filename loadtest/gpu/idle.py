@@ -84,13 +84,12 @@ class IdleEvent:
 def idle_runner(shape: RunnerShape, clock: StepClock) -> DeviceRunner:
     """Builds a runner as model/gpu/runner.py does, but for the weights, the cache and whatever computes."""
     buckets = Buckets().up_to(shape.num_slots, shape.max_batch_tokens)
-    max_wanted = max(shape.num_slots, *buckets.decode)
-    max_tokens = max(shape.max_batch_tokens, max_wanted, *buckets.mixed)
+    max_tokens, max_wanted = buckets.room_for(shape.num_slots, shape.max_batch_tokens)
     device = IdleDevice(clock, max_wanted)
     heads = Heads(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, shape.block_size, scale=HEAD_DIM**-0.5)
     attention = PagedAttention(
         heads,
-        max_rows=shape.num_slots,
+        max_rows=shape.max_generated_tokens or shape.num_slots,
         max_tokens=shape.max_batch_tokens,
         max_context=shape.context_length,
         num_programs=PROGRAMS_PER_MULTIPROCESSOR * device.num_multiprocessors,

@@ -1,9 +1,8 @@
 """Paged causal attention on a card: decode and prefill in one step, in Triton.
 
-It owns the kernels and the device buffers that they share: the plan of the step (model/gpu/work.py) and partial
-results. It does not know layers, sequences or CUDA graphs. Grids are constant: every program takes items off the plan,
-as many as are there, so that one captured graph serves any mix of rows. A launch allocates nothing and waits for no
-value.
+It owns the kernels and the device buffers that they share, of partial results. It does not know layers, sequences or
+CUDA graphs. Grids are constant: every program takes items off the step's plan (model/gpu/work.py), as many as are
+there, so that one captured graph serves any mix of rows. A launch allocates nothing and waits for no value.
 
 model/attention/reference.py is the specification. An item is one tile of query tokens, one split of positions, one
 key/value head; the query heads that share that head are lanes of the tile beside one another (G = H / K):
@@ -175,9 +174,9 @@ class PagedAttention:
         """Attention of one layer, into `out_THD`; tokens of padding are not written.
 
         `q_THD` [T, H, D] may be a part of a wider row, its heads side by side; the caches are of Layout.PLAIN,
-        contiguous [num_blocks, K, block_size, D]; `block_tables` int32 [R, blocks]; `out_THD` contiguous. All but the
-        tables have one dtype and begin at multiples of 16 bytes. `sinks_H` float32 [H] are logits that take part in the
-        sums of the softmax only. `plan`, on the device, begins with the step's. `is_decode_only` leaves out the
+        contiguous [num_blocks, K, block_size, D]; `block_tables` int32 [tables, blocks]; `out_THD` contiguous. All but
+        the tables have one dtype and begin at multiples of 16 bytes. `sinks_H` float32 [H] are logits that take part in
+        the sums of the softmax only. `plan`, on the device, begins with the step's. `is_decode_only` leaves out the
         launch for tokens of prompts: none may be in the plan.
         """
         heads = self._heads

@@ -40,6 +40,11 @@ class Buckets:
         """Those that steps of at most so many rows and tokens need."""
         return Buckets(_up_to(self.decode, max_rows), _up_to(self.mixed, max_tokens))
 
+    def room_for(self, num_slots: int, max_batch_tokens: int) -> tuple[int, int]:
+        """The most tokens and wanted rows of any step of such a shape, padding included."""
+        max_wanted = max(num_slots, *self.decode)
+        return max(max_batch_tokens, max_wanted, *self.mixed), max_wanted
+
     def of_rows(self, num_rows: int) -> int:
         """The bucket of so many rows; their own number where there is none."""
         place = bisect_left(self.decode, num_rows)

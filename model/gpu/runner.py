@@ -19,7 +19,7 @@ from model.backend import find_card_fault
 from model.config import FAMILIES, ModelConfig, load_config
 from model.facts import facts_of, plan_shape
 from model.families.base import TensorMap
-from model.gpu.attention import Heads, PagedAttention
+from model.gpu.attention import DECODE, Heads, PagedAttention
 from model.gpu.attention_base import Attention
 from model.gpu.device import CudaDevice, Device
 from model.gpu.device_runner import DeviceRunner
@@ -53,6 +53,9 @@ RESERVE_BYTES = 2**30
 """Memory that stays free when the pool is made: for captured steps (what they take is logged) and for temporaries that
 come and go (log-probabilities, prompts that penalties count, rows that a product is padded with, what FlashAttention-3
 returns)."""
+RECOMPUTED_BYTES = 2**28
+"""For partial results of tokens that were generated before: what is computed again after a preemption or a restart goes
+through decode's tiles, beside the rows that decode."""
 MIB = 2**20
 DEMANDING = Sampling(repetition_penalty=1.1, num_logprobs=20)
 
@@ -80,8 +83,7 @@ def load_device_runner(
     torch.set_num_threads(plan_threads(options.num_threads, pins=False).num_threads)
     config = load_config(Path(options.model_dir))
     shape = plan_shape(config, options, num_blocks=0, block_size=options.block_size or BLOCK_SIZE)
-    # Our own attention has tiles of its own for generated tokens.
-    most = shape.num_slots if options.gpu_attention is GpuAttention.TRITON else None
+    most = _max_generated_tokens(config, shape) if options.gpu_attention is GpuAttention.TRITON else None
     shape = replace(shape, runs_ahead=True, max_generated_tokens=most)
     tensor_map: TensorMap = import_module(FAMILIES[config.architecture]).tensor_map(config)
     dtype = getattr(torch, options.dtype.value)
@@ -145,6 +147,13 @@ def _check(options: RunnerOptions) -> None:
         raise ValueError("pin_threads: only the native backend's threads can be tied to CPUs")
 
 
+def _max_generated_tokens(config: ModelConfig, shape: RunnerShape) -> int:
+    """For our own attention, which has tiles for them: all slots' rows, and what memory is set aside for."""
+    num_splits = -(-shape.context_length // DECODE.split)
+    token_bytes = num_splits * config.num_heads * (config.head_dim + 2) * torch.float32.itemsize
+    return shape.num_slots + min(shape.max_batch_tokens, max(1, RECOMPUTED_BYTES // token_bytes))
+
+
 def _build(
     config: ModelConfig,
     options: RunnerOptions,
@@ -159,8 +168,7 @@ def _build(
     dtype = getattr(torch, options.dtype.value)
     cache = DeviceCache(config, shape.block_size, dtype, device.torch_device)
     buckets = buckets.up_to(shape.num_slots, shape.max_batch_tokens)
-    max_wanted = max(shape.num_slots, *buckets.decode)
-    max_tokens = max(shape.max_batch_tokens, max_wanted, *buckets.mixed)
+    max_tokens, max_wanted = buckets.room_for(shape.num_slots, shape.max_batch_tokens)
     attention = _make_attention(config, options, shape, device)
     among = candidates(device.shared_bytes) if products is None else products
     product, report = choose_product(parameters.uses(max_wanted), max_tokens, device.torch_device, among)
@@ -198,7 +206,7 @@ def _make_attention(config: ModelConfig, options: RunnerOptions, shape: RunnerSh
         decode, prefill = choose_tiles(config.head_dim, group, getattr(torch, options.dtype.value), device.shared_bytes)
         return PagedAttention(
             heads,
-            max_rows=shape.num_slots,
+            max_rows=shape.max_generated_tokens or shape.num_slots,
             max_tokens=shape.max_batch_tokens,
             max_context=shape.context_length,
             num_programs=PROGRAMS_PER_MULTIPROCESSOR * device.num_multiprocessors,

@@ -69,7 +69,8 @@ class Scheduler:
         self._pick_victim = pick_victim
         # Every running sequence can have a token in every step, so none starves for want of budget.
         self._num_slots = min(num_slots, max_batch_tokens)
-        self._max_generated_tokens = max_generated_tokens or max_batch_tokens
+        self._max_generated_tokens = max_batch_tokens if max_generated_tokens is None else max_generated_tokens
+        assert self._max_generated_tokens >= self._num_slots, "every running sequence can decode in every step"
         self._free_slots = list(reversed(range(self._num_slots)))
         self._by_slot: dict[int, Sequence] = {}
         self._open: dict[int, Sequence] = {}

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from model.interface import MAX_END_TOKEN_IDS, MAX_LOGIT_BIAS, NO_LOGPROBS, Batch, RunnerShape, Sampling
@@ -174,6 +175,24 @@ def test_a_pool_of_twice_one_request_serves_thirty_two(
     assert set(ledger.finishes.values()) == {FinishCode.LENGTH}
     assert sum(ledger.preemptions.values()) == ledger.num_preempted
     assert ledger.num_recomputed > 0
+
+
+def test_what_was_generated_is_computed_again_in_few_steps_beside_a_full_house(
+    ledger: Ledger, clock: FakeClock
+) -> None:
+    """As after a restart: seven sequences decode, the eighth comes back with 40 generated tokens."""
+    shape = replace(SHAPE, num_blocks=200, max_generated_tokens=SHAPE.num_slots + 8)
+    engine = Engine(FakeRunner(shape), EngineOptions(depth=1), clock)
+    for sequence_id in range(7):
+        engine.submit(make_submit(sequence_id, prompt_of(2, sequence_id), 100))
+    for _ in range(5):
+        step(engine, ledger)
+    given = make_submit(7, prompt_of(4), 60, seed=3)
+    drawn = expected_tokens(prompt_of(4), 60, given.sampling)
+    engine.submit(msgspec.structs.replace(given, token_ids=[*prompt_of(4), *drawn[:40]]))
+    for _ in range(14):  # four tokens a step, which is the budget's least share
+        step(engine, ledger)
+    assert ledger.tokens[7] == drawn[40 : 40 + len(ledger.tokens[7])] != []
 
 
 @pytest.mark.parametrize("shape", [SHAPE, APART], ids=["", "apart"])

@@ -59,6 +59,7 @@ def test_tokens_are_those_of_the_cpu_though_memory_is_short(tmp_path: Path) -> N
     theirs = load_runner(roomy)[0]
     mine, facts = load_device_runner(tight, device=LateDevice(), buckets=Buckets((1, 2, 4), (4, 12)), products=LIBRARY)
     assert (facts.backend, facts.card, mine.shape.runs_ahead) == ("gpu", LateDevice.name, True)
+    assert mine.shape.max_generated_tokens == 3 + 12, "all rows, and a whole step of what is computed again"
     assert engine_options(Settings(), mine.shape).depth == 1 and engine_options(Settings(), theirs.shape).depth == 0
 
     expected, found = run(theirs), run(mine)

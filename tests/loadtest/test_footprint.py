@@ -9,6 +9,8 @@ import pytest
 
 from loadtest import footprint
 from loadtest.footprint import main
+from model.info import load_info
+from model.interface import Dtype
 
 
 def document_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict[str, float]]:
@@ -17,6 +19,7 @@ def document_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str
     return found
 
 
+@pytest.mark.e2e
 def test_a_first_answer_and_memory_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--rounds", "1", "--streams", "24", "--pool-mib", "8", "--out", str(tmp_path)]
     found = document_of(capsys, *small, "--skip", "neighbour")
@@ -24,10 +27,17 @@ def test_a_first_answer_and_memory_are_told(tmp_path: Path, capsys: pytest.Captu
     memory = found["memory_mib/bf16"]
     parts = memory["engine"] + memory["front end"] - memory["weights"] - memory["pool"]
     assert memory["beyond"] == pytest.approx(parts)
-    assert memory["pool"] == 8 and memory["weights"] > 5
+    assert 7.2 <= memory["pool"] <= 8 and memory["weights"] > 5
     assert memory["engine's peak"] >= memory["engine"] > memory["weights"] + memory["pool"]
 
 
+def test_by_itself_it_fills_the_pool_of_the_built_in_model() -> None:
+    plan = footprint.parse([])
+    block_bytes = 16 * load_info(plan.model).config.kv_bytes_per_token(Dtype.BFLOAT16)
+    assert plan.num_streams * (128 // 16) > plan.pool_mib * footprint.MIB // block_bytes
+
+
+@pytest.mark.e2e
 def test_a_pool_that_was_not_filled_is_no_measurement(tmp_path: Path) -> None:
     few = ["--rounds", "1", "--streams", "1", "--pool-mib", "64", "--out", str(tmp_path)]
     with pytest.raises(RuntimeError, match="of the pool: take more of them"):
