@@ -13,14 +13,14 @@ from functools import partial
 
 import torch
 
-from loadtest.gpu.attention_cases import Cache, Case, Flash3, Spans, Tiles, Way
+from loadtest.gpu.attention_cases import BLOCK_SIZE, Cache, Case, Flash3, Spans, Tiles, Way
 from loadtest.gpu.limits import rates_of
 from loadtest.gpu.measure import compile_ahead, measure, open_device
 from loadtest.gpu.records import PartOptions, parse_part
 from loadtest.gpu.shapes import names_of, shape_of
 from loadtest.models import ModelShape
-from model.gpu.attention import DECODE, PREFILL, Tile
-from model.gpu.flash_attention import find_fault
+from model.gpu.attention import DECODE, PREFILL, Heads, Tile
+from model.gpu.flash_attention import FlashAttention, find_fault
 from model.interface import GpuAttention
 
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -52,12 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tiles = DRY_TILES if options.is_dry else TILES
     is_sound = [measure_model(options, name, GpuAttention.TRITON, tiles) for name in names_of(options.is_dry)]
     for name in names_of(options.is_dry):
-        try:
-            if (fault := find_flash_fault(options, name)) is not None:
-                raise ValueError(fault)
+        fault = find_flash_fault(options, name)
+        if fault is None:
             is_sound.append(measure_model(options, name, GpuAttention.FLASH_ATTENTION_3, Flash3()))
-        except ValueError as fault:
-            options.records.write("attention left out", model=name, by=GpuAttention.FLASH_ATTENTION_3, why=str(fault))
+        else:
+            options.records.write("attention left out", model=name, by=GpuAttention.FLASH_ATTENTION_3, why=fault)
     return 0 if all(is_sound) else 1
 
 
@@ -65,7 +64,16 @@ def find_flash_fault(options: PartOptions, name: str) -> str | None:
     """Why FlashAttention-3 does not compute a model's heads here; None where it does."""
     if options.is_dry:
         return "there is no card in a dry run"
-    return find_fault(shape_of(name, is_dry=False).head_dim, torch.bfloat16, torch.cuda.get_device_capability())
+    shape = shape_of(name, is_dry=False)
+    fault = find_fault(shape.head_dim, torch.bfloat16, torch.cuda.get_device_capability())
+    if fault is not None:
+        return fault
+    heads = Heads(shape.num_heads, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE, shape.head_dim**-0.5)
+    try:
+        FlashAttention(heads, 1, torch.device("cuda"))
+    except ValueError as refusal:
+        return str(refusal)
+    return None
 
 
 def compile_kernels(shape: ModelShape, tiles: Tiles, is_decode: bool) -> None:

@@ -419,3 +419,18 @@ def test_a_cards_time_is_a_replays_by_its_calls(seconds: float, num_sets: int, m
     assert timing.seconds == pytest.approx(seconds) and timing.noise == pytest.approx(0.0, abs=1e-9)
     assert card.captured % num_sets == 0
     assert card.now < 2 * (0.2 + 10 * num_sets * seconds)
+
+
+def test_what_flash_attention_refuses_when_it_is_built_is_why_it_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("built without paged KV")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(attention, "find_fault", lambda *_: None)
+    monkeypatch.setattr(attention, "FlashAttention", refuse)
+    given = replace(options_in(tmp_path), is_dry=False)
+    assert attention.find_flash_fault(given, "8B") == "built without paged KV"
+    monkeypatch.setattr(attention, "find_fault", lambda *_: "it is not there")
+    assert attention.find_flash_fault(given, "8B") == "it is not there"
