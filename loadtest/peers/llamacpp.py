@@ -92,21 +92,33 @@ def run_bench(job: Job) -> list[Figures]:
     if job.workload != "W1":
         raise ValueError("llama-bench runs W1 only")
     [work] = job.works()
-    command = [binary("llama-bench"), "-m", weights(job), "-p", str(len(work.prompt)), "-n", str(work.num_new)]
-    command += ["-t", str(job.threads), "-ub", job.settings["ubatch"], "-r", str(job.repeat), "-o", "json"]
-    command += ["-fa", "1" if job.settings["flash"] == "on" else "0", "-b", job.settings["batch"]]
-    command += ["-ctk", job.settings["kv"], "-ctv", job.settings["kv"]]
+    return bench_figures(*(bench_samples(command) for command in bench_commands(job, work)), work)
+
+
+def bench_commands(job: Job, work: Work) -> tuple[list[str], list[str]]:
+    """Command lines for the prompt, and for decoding behind it: without `-d` llama-bench decodes behind nothing."""
+    num_prompt = str(len(work.prompt))
+    common = [binary("llama-bench"), "-m", weights(job), "-t", str(job.threads), "-r", str(job.repeat), "-o", "json"]
+    common += ["-fa", "1" if job.settings["flash"] == "on" else "0"]
+    common += ["-b", job.settings["batch"], "-ub", job.settings["ubatch"]]
+    common += ["-ctk", job.settings["kv"], "-ctv", job.settings["kv"]]
+    prefill = [*common, "-p", num_prompt, "-n", "0"]
+    decode = [*common, "-p", "0", "-n", str(work.num_new), "-d", num_prompt]
+    return prefill, decode
+
+
+def bench_samples(command: Sequence[str]) -> list[float]:
+    """Seconds that the only test of a llama-bench took, each time."""
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return bench_figures(json.loads(done.stdout), work)
+    [test] = json.loads(done.stdout)
+    return [nanoseconds / 1e9 for nanoseconds in test["samples_ns"]]
 
 
-def bench_figures(tests: Sequence[dict[str, Any]], work: Work) -> list[Figures]:
+def bench_figures(prefill: Sequence[float], decode: Sequence[float], work: Work) -> list[Figures]:
     """Figures of llama-bench's two tests. It times one step of decoding more than there are gaps between tokens."""
-    [prefill] = (test["samples_ns"] for test in tests if test["n_prompt"])
-    [decode] = (test["samples_ns"] for test in tests if test["n_gen"])
     share = (work.num_new - 1) / work.num_new
     return [
-        single_figures(len(work.prompt), work.num_new, first / 1e9, share * rest / 1e9)
+        single_figures(len(work.prompt), work.num_new, first, share * rest)
         for first, rest in zip(prefill, decode, strict=True)
     ]
 

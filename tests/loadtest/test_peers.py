@@ -6,11 +6,12 @@ import ast
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from loadtest.peers import llamacpp, quire
-from loadtest.peers.llamacpp import bench_figures, server_command
+from loadtest.peers.llamacpp import bench_figures, run_bench, server_command
 from loadtest.peers.runner import Job, Settings, document, parse, report, single_figures, stall_figures
 from loadtest.peers.works import DEFAULT_BATCH, LONG_PROMPT, WORKLOADS, long_prompt, warm_up_of, works_of
 from loadtest.timing import StreamTimes
@@ -152,13 +153,27 @@ def test_a_document_has_the_median_of_each_figure(model: Path, capsys: pytest.Ca
 
 
 def test_llama_bench_counts_one_step_more_than_gaps() -> None:
-    tests = [
-        {"n_prompt": 128, "n_gen": 0, "samples_ns": [2e9]},
-        {"n_prompt": 0, "n_gen": 128, "samples_ns": [12.8e9]},
-    ]
-    [found] = bench_figures(tests, Work((1,) * 128, 128))
+    [found] = bench_figures([2.0], [12.8], Work((1,) * 128, 128))
     assert found["ms_per_token"] == pytest.approx(100)
     assert found["prefill_tokens_per_second"] == pytest.approx(64)
+
+
+def test_llama_bench_decodes_behind_the_prompt_as_everybody_does(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model / "gguf").mkdir()
+    (model / "gguf" / "bf16.gguf").touch()
+    tests = {"-p 128 -n 0": [2e9, 4e9], "-p 0 -n 128 -d 128": [12.8e9, 25.6e9]}
+    ran: list[str] = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        ran.append(" ".join(command[command.index("-p") :]))
+        return SimpleNamespace(stdout=json.dumps([{"samples_ns": tests[ran[-1]]}]))
+
+    monkeypatch.setattr("loadtest.peers.llamacpp.subprocess.run", run)
+    arguments = ["--model", str(model), "--workload", "W1", "--repeat", "2"]
+    found = run_bench(parse("llamacpp", llamacpp.best_settings, arguments))
+    assert ran == list(tests)
+    assert [figures["ms_per_token"] for figures in found] == pytest.approx([100, 200])
+    assert [figures["prefill_tokens_per_second"] for figures in found] == pytest.approx([64, 32])
 
 
 def test_the_llama_server_has_a_slot_for_each_request(model: Path) -> None:
