@@ -73,7 +73,7 @@ class Settings(BaseModel):
     """Sequences that run at the same time."""
     max_batch_tokens: int = Field(512, ge=1, le=65536)
     """Tokens computed in one step at most."""
-    target_itl_ms: float = Field(100.0, gt=0)
+    target_itl_ms: float = Field(50.0, gt=0)
     """Prefill chunks shrink so that running streams wait about this long between tokens."""
 
     max_waiting_requests: int = Field(256, ge=0)

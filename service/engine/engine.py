@@ -30,7 +30,7 @@ class EngineOptions:
     """Steps launched ahead of the one being committed: 1 keeps a device busy, 0 is for a CPU."""
     prefix_cache: bool = True
     """Reuse the keys and values of common prefixes."""
-    target_itl_seconds: float = 0.1
+    target_itl_seconds: float = 0.05
     """Prefill shares shrink so that running streams wait about this long between tokens."""
     max_prefill_chunk: int | None = None
     """Prompt tokens of one step at most, whatever the target; None leaves it to the target."""

@@ -81,20 +81,16 @@ def test_the_one_writable_place_is_bounded(pod: dict[str, Any], container: dict[
     assert "sizeLimit" in volume["emptyDir"]
 
 
-def test_resources_are_limited_and_threads_follow_the_limit(container: dict[str, Any]) -> None:
+def test_resources_are_limited(container: dict[str, Any]) -> None:
     assert set(container["resources"]["limits"]) == {"cpu", "memory"}
-    threads = next(entry for entry in container["env"] if entry["name"] == "QUIRE_THREADS")
-    assert threads["valueFrom"] == {"resourceFieldRef": {"resource": "limits.cpu"}}
 
 
 def test_the_environment_is_the_servers_and_grace_outlasts_the_drain(
     pod: dict[str, Any], container: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    variables = {
-        entry["name"]: entry.get("value", container["resources"]["limits"]["cpu"]) for entry in container["env"]
-    }
+    variables = {entry["name"]: entry["value"] for entry in container["env"]}
     settings = quire_settings(variables, monkeypatch)
-    assert settings.threads == int(container["resources"]["limits"]["cpu"])
+    assert settings.threads is None  # the quota decides
     slowest_end = settings.lame_duck_seconds + settings.drain_seconds + KILL_MARGIN_SECONDS
     assert pod["spec"]["terminationGracePeriodSeconds"] > slowest_end
 

@@ -1,6 +1,7 @@
 """The whole engine against Hugging Face transformers, in float32: under load, in chunks, warm, short of memory.
 
-One undisturbed run of all prompts at once is checked against theirs; every other way must give the very same tokens.
+One undisturbed run of all prompts at once is checked against theirs; every other way must give the very same tokens, in
+every precision. (Of the others' logits it is tests/model/test_parity.py that holds them to theirs.)
 """
 
 import random
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 import torch
 
-from model.interface import Dtype, Quantization, Runner, RunnerOptions, Sampling
+from model.interface import Backend, Dtype, Quantization, Runner, RunnerOptions, Sampling
 from model.native.library import Kernels
 from model.runner import load_runner
 from service.config import BUILT_IN_MODEL
@@ -79,13 +80,23 @@ def expected(prompts: Prompts, native_kernels: Kernels) -> Tokens:
     return ledger.tokens
 
 
-def test_64_requests_in_flight(prompts: Prompts, expected: Tokens) -> None:
+def check_against_theirs(prompts: Prompts, tokens: Tokens) -> None:
+    """Each token is their most likely one, but for ties."""
     theirs = load_theirs(BUILT_IN_MODEL, torch.float32)
     for index, prompt in enumerate(prompts):
-        output = expected[index]
+        output = tokens[index]
         logits_TV = their_logits(theirs, prompt + output[:-1])[len(prompt) - 1 :]
         lead_T = logits_TV.max(-1).values - logits_TV[torch.arange(NUM_NEW), output]
         assert lead_T.max() < NEAR_TIE, (len(prompt), output, logits_TV.argmax(-1).tolist())
+
+
+def test_64_requests_in_flight(prompts: Prompts, expected: Tokens) -> None:
+    check_against_theirs(prompts, expected)
+
+
+def test_8_requests_in_flight_where_torch_computes() -> None:
+    some = random_prompts(8, 100)
+    check_against_theirs(some, run(some, replace(RUNNER, backend=Backend.TORCH)).tokens)
 
 
 def test_alone(prompts: Prompts, expected: Tokens) -> None:
@@ -128,15 +139,16 @@ def test_a_hundred_preemptions(native_kernels: Kernels, prefix_cache: bool) -> N
     assert ledger.tokens == run(some, num_new=100).tokens
 
 
-INT8 = replace(RUNNER, quantization=Quantization.INT8)
-
-
-def test_8_bit_weights_give_the_same_tokens_whatever_the_load(native_kernels: Kernels) -> None:
-    some = random_prompts(20, 100)
-    together = run(some, INT8, num_new=40).tokens
+@pytest.mark.parametrize("quantization", list(Quantization))
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_every_precision_gives_the_same_tokens_whatever_the_load(
+    native_kernels: Kernels, dtype: Dtype, quantization: Quantization
+) -> None:
+    some, runner = random_prompts(20, 100), replace(RUNNER, dtype=dtype, quantization=quantization)
+    together = run(some, runner, num_new=40).tokens
     for index in range(0, len(some), 5):
-        assert run([some[index]], INT8, num_new=40).tokens[0] == together[index]
-    assert run(some, INT8, EngineOptions(prefix_cache=False, max_prefill_chunk=7), 40).tokens == together
-    tight = run(some, replace(INT8, num_blocks=20), EngineOptions(), 40)
+        assert run([some[index]], runner, num_new=40).tokens[0] == together[index]
+    assert run(some, runner, EngineOptions(prefix_cache=False, max_prefill_chunk=7), 40).tokens == together
+    tight = run(some, replace(runner, num_blocks=20), EngineOptions(), 40)
     assert tight.num_preempted > 0
     assert tight.tokens == together
