@@ -1,7 +1,8 @@
 """Quire and its peers on the same work on a CPU, alternating: who is faster, by how much, and how far from the limit.
 
     python -m loadtest.bench_cpu --models DIR [--model M] [--work W1 W2/8 W2/32 W2/64 W3 W5] [--precisions bf16 int8]
-        [--engines quire quire-grpc llamacpp openvino] [--rounds 3] [--repeat 3] [--tries 3] [--threads N] [--out FILE]
+        [--engines quire quire-grpc llamacpp openvino transformers] [--rounds 3] [--repeat 3] [--tries 3] [--threads N]
+        [--out FILE]
     python -m loadtest.bench_cpu --table FILE
 
 Each round runs every engine on every piece of work, one after the other, each in a process of its own (loadtest/peers)
@@ -46,6 +47,11 @@ class Engine:
     python: str = sys.executable
     arguments: tuple[str, ...] = ()
     workloads: tuple[str, ...] = tuple(DEFAULT_BATCH)
+    precisions: tuple[str, ...] = PRECISIONS
+
+    def offers(self, cell: Cell) -> bool:
+        """Whether its runner can measure this."""
+        return cell.workload in self.workloads and cell.precision in self.precisions
 
 
 ENGINES = {
@@ -53,6 +59,7 @@ ENGINES = {
     OURS_THROUGH_GRPC: Engine("quire", arguments=("--set", "way=grpc"), workloads=("W1", "W2", "W3")),
     "llamacpp": Engine("llamacpp"),
     "openvino": Engine("openvino", os.environ.get("OPENVINO_PYTHON", str(WORK / "openvino" / "bin" / "python"))),
+    "transformers": Engine("transformers", workloads=("W1", "W2", "W3"), precisions=("bf16", "fp32")),
 }
 
 
@@ -134,7 +141,7 @@ def measure(plan: Plan) -> None:
     for number in range(first, first + plan.rounds):
         for cell in plan.cells:
             for name in plan.engines:
-                if cell.workload in ENGINES[name].workloads:
+                if ENGINES[name].offers(cell):
                     measure_quietly(plan, number, cell, name)
 
 
