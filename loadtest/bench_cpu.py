@@ -56,7 +56,7 @@ class Engine:
 
 ENGINES = {
     OURS: Engine("quire"),
-    OURS_THROUGH_GRPC: Engine("quire", arguments=("--set", "way=grpc"), workloads=("W1", "W2", "W3")),
+    OURS_THROUGH_GRPC: Engine("quire", arguments=("--set", "way=grpc")),
     "llamacpp": Engine("llamacpp"),
     "openvino": Engine("openvino", os.environ.get("OPENVINO_PYTHON", str(WORK / "openvino" / "bin" / "python"))),
     "transformers": Engine("transformers", workloads=("W1", "W2", "W3"), precisions=("bf16", "fp32")),
