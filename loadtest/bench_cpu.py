@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -268,8 +268,8 @@ def show(records: Sequence[dict[str, Any]]) -> None:
 def summary(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
     """The document and the table of a file's records."""
     sessions = [record["session"] for record in records if "session" in record]
-    limits = {Cell(**entry["cell"]): entry["limits"] for session in sessions for entry in session["cells"]}
-    rows = rows_of([Measurement.from_record(record["run"]) for record in records if "run" in record], limits)
+    measurements = [Measurement.from_record(record["run"]) for record in records if "run" in record]
+    rows = rows_of(measurements, limits_of_rounds(records))
     versions = {record["run"]["engine"]: record["version"] for record in records if "run" in record}
     document = {
         "bench": "peers on a CPU",
@@ -279,6 +279,19 @@ def summary(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
         "rows": [row.as_record() for row in rows],
     }
     return document, as_markdown(rows)
+
+
+def limits_of_rounds(records: Iterable[Mapping[str, Any]]) -> dict[tuple[Cell, int], dict[str, float]]:
+    """The limits of each cell and round, of the session before its runs: a machine is not the same on another day."""
+    of_session: dict[Cell, dict[str, float]] = {}
+    found = {}
+    for record in records:
+        if "session" in record:
+            of_session = {Cell(**entry["cell"]): entry["limits"] for entry in record["session"]["cells"]}
+        elif "run" in record:
+            measurement = Measurement.from_record(record["run"])
+            found[measurement.cell, measurement.round] = of_session.get(measurement.cell, {})
+    return found
 
 
 if __name__ == "__main__":
