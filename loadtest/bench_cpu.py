@@ -1,7 +1,8 @@
 """Quire and its peers on the same work on a CPU, alternating: who is faster, by how much, and how far from the limit.
 
     python -m loadtest.bench_cpu --models DIR [--model M] [--work W1 W2/8 W2/32 W2/64 W3 W5] [--precisions bf16 int8]
-        [--engines quire quire-grpc llamacpp openvino] [--rounds 3] [--repeat 3] [--tries 3] [--threads N] [--out FILE]
+        [--engines quire quire-grpc llamacpp openvino transformers] [--rounds 3] [--repeat 3] [--tries 3] [--threads N]
+        [--out FILE]
     python -m loadtest.bench_cpu --table FILE
 
 Each round runs every engine on every piece of work, one after the other, each in a process of its own (loadtest/peers)
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,13 +47,19 @@ class Engine:
     python: str = sys.executable
     arguments: tuple[str, ...] = ()
     workloads: tuple[str, ...] = tuple(DEFAULT_BATCH)
+    precisions: tuple[str, ...] = PRECISIONS
+
+    def offers(self, cell: Cell) -> bool:
+        """Whether its runner can measure this."""
+        return cell.workload in self.workloads and cell.precision in self.precisions
 
 
 ENGINES = {
     OURS: Engine("quire"),
-    OURS_THROUGH_GRPC: Engine("quire", arguments=("--set", "way=grpc"), workloads=("W1", "W2", "W3")),
+    OURS_THROUGH_GRPC: Engine("quire", arguments=("--set", "way=grpc")),
     "llamacpp": Engine("llamacpp"),
     "openvino": Engine("openvino", os.environ.get("OPENVINO_PYTHON", str(WORK / "openvino" / "bin" / "python"))),
+    "transformers": Engine("transformers", workloads=("W1", "W2", "W3"), precisions=("bf16", "fp32")),
 }
 
 
@@ -134,7 +141,7 @@ def measure(plan: Plan) -> None:
     for number in range(first, first + plan.rounds):
         for cell in plan.cells:
             for name in plan.engines:
-                if cell.workload in ENGINES[name].workloads:
+                if ENGINES[name].offers(cell):
                     measure_quietly(plan, number, cell, name)
 
 
@@ -261,8 +268,8 @@ def show(records: Sequence[dict[str, Any]]) -> None:
 def summary(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
     """The document and the table of a file's records."""
     sessions = [record["session"] for record in records if "session" in record]
-    limits = {Cell(**entry["cell"]): entry["limits"] for session in sessions for entry in session["cells"]}
-    rows = rows_of([Measurement.from_record(record["run"]) for record in records if "run" in record], limits)
+    measurements = [Measurement.from_record(record["run"]) for record in records if "run" in record]
+    rows = rows_of(measurements, limits_of_rounds(records))
     versions = {record["run"]["engine"]: record["version"] for record in records if "run" in record}
     document = {
         "bench": "peers on a CPU",
@@ -272,6 +279,19 @@ def summary(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
         "rows": [row.as_record() for row in rows],
     }
     return document, as_markdown(rows)
+
+
+def limits_of_rounds(records: Iterable[Mapping[str, Any]]) -> dict[tuple[Cell, int], dict[str, float]]:
+    """The limits of each cell and round, of the session before its runs: a machine is not the same on another day."""
+    of_session: dict[Cell, dict[str, float]] = {}
+    found = {}
+    for record in records:
+        if "session" in record:
+            of_session = {Cell(**entry["cell"]): entry["limits"] for entry in record["session"]["cells"]}
+        elif "run" in record:
+            measurement = Measurement.from_record(record["run"])
+            found[measurement.cell, measurement.round] = of_session.get(measurement.cell, {})
+    return found
 
 
 if __name__ == "__main__":

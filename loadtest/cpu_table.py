@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from loadtest.machine import TOLERATED_SHARE
@@ -100,8 +101,12 @@ class Row:
     """How many times better than the best peer ours is, round by round; above 1 is better for every figure."""
     grpc_over_engine: Spread | None = None
     limit: float | None = None
+    """The least time or the highest rate of loadtest/roofline.py; of several sessions' limits, the median."""
     share_of_limit: float | None = None
-    """Of the least time or the highest rate of loadtest/roofline.py, what our median reaches; see `share_of`."""
+    """What ours reaches of the limit of its own session, the median of the rounds.
+
+    Above 1 where weights are kept smaller than the limit counts them.
+    """
 
     def as_record(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -118,19 +123,28 @@ def quietest(measurements: Iterable[Measurement]) -> list[Measurement]:
     return list(found.values())
 
 
-def rows_of(measurements: Iterable[Measurement], limits: Mapping[Cell, Mapping[str, float]]) -> list[Row]:
-    """All rows, in the order in which their cells were first measured."""
+def rows_of(measurements: Iterable[Measurement], limits: Mapping[tuple[Cell, int], Mapping[str, float]]) -> list[Row]:
+    """All rows, in the order in which their cells were first measured. The limits are those of each cell and round."""
     chosen = quietest(measurements)
     cells = dict.fromkeys(measurement.cell for measurement in chosen)
     return [
-        row_of(cell, figure, [found for found in chosen if found.cell == cell], limits.get(cell, {}).get(figure))
+        row_of(cell, figure, [found for found in chosen if found.cell == cell], limits_by_round(limits, cell, figure))
         for cell in cells
         for figure in SHOWN[cell.workload]
     ]
 
 
-def row_of(cell: Cell, figure: str, measurements: Sequence[Measurement], limit: float | None) -> Row:
-    """One figure of all engines, and how ours compares."""
+def limits_by_round(
+    limits: Mapping[tuple[Cell, int], Mapping[str, float]], cell: Cell, figure: str
+) -> dict[int, float]:
+    """The limits of one figure of a cell, of the rounds that have one."""
+    return {
+        number: figures[figure] for (other, number), figures in limits.items() if other == cell and figure in figures
+    }
+
+
+def row_of(cell: Cell, figure: str, measurements: Sequence[Measurement], limits: Mapping[int, float]) -> Row:
+    """One figure of all engines, and how ours compares. The limits are those of the rounds."""
     by_engine: dict[str, dict[int, float]] = {}
     num_noisy: dict[str, int] = {}
     for found in measurements:
@@ -140,6 +154,7 @@ def row_of(cell: Cell, figure: str, measurements: Sequence[Measurement], limit: 
     lower_is_better = FIGURES[figure].lower_is_better
     best_peer = best_of({engine: spread for engine, spread in spreads.items() if is_peer(engine)}, lower_is_better)
     ours = by_engine.get(OURS, {})
+    share = ratio_of(ours, limits, lower_is_better)
     return Row(
         cell=cell,
         figure=figure,
@@ -148,8 +163,8 @@ def row_of(cell: Cell, figure: str, measurements: Sequence[Measurement], limit: 
         best_peer=best_peer,
         ratio=ratio_of(ours, by_engine.get(best_peer or "", {}), lower_is_better),
         grpc_over_engine=ratio_of(by_engine.get(OURS_THROUGH_GRPC, {}), ours, lower_is_better),
-        limit=limit,
-        share_of_limit=share_of(spreads[OURS]["median"], limit, lower_is_better) if ours and limit else None,
+        limit=median(limits.values()) if limits else None,
+        share_of_limit=share["median"] if share else None,
     )
 
 
@@ -177,11 +192,6 @@ def ratio_of(ours: Mapping[int, float], theirs: Mapping[int, float], lower_is_be
 def better_by(ours: float, theirs: float, lower_is_better: bool) -> float:
     """Above 1 when ours is better."""
     return theirs / ours if lower_is_better else ours / theirs
-
-
-def share_of(ours: float, limit: float, lower_is_better: bool) -> float:
-    """The part of the limit that is reached. Above 1 where weights are kept smaller than the limit counts them."""
-    return round(better_by(ours, limit, lower_is_better), 3)
 
 
 def as_markdown(rows: Sequence[Row]) -> str:

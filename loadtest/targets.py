@@ -117,6 +117,11 @@ class GrpcTarget:
     async def answer(self, work: Work, *, use_cache: bool, sent_at: float | None = None) -> Answer:
         """One answer; its times count from now, or from when it was to be sent. Raises QuireClientError."""
         answer = Answer(StreamTimes(sent_at or time.monotonic(), len(work.prompt)), [])
+        await self.read(answer, work, use_cache=use_cache)
+        return answer
+
+    async def read(self, answer: Answer, work: Work, *, use_cache: bool) -> None:
+        """Fills an answer as its tokens come. Raises QuireClientError."""
         stream = self._client.stream(
             work.prompt,
             temperature=0.0,
@@ -131,7 +136,6 @@ class GrpcTarget:
                     answer.times.arrived(time.monotonic(), event.num_tokens)
                     answer.token_ids.extend(event.token_ids)
         answer.times.ended_at = time.monotonic()
-        return answer
 
     async def close(self) -> None:
         """Closes the channel."""

@@ -21,19 +21,13 @@ from loadtest.gpu.measure import open_device
 from loadtest.gpu.records import PartOptions, parse_part
 from loadtest.gpu.summary import PEER
 from loadtest.gpu.works import CARD, DRY, LEAST_SECONDS, closed_works
+from loadtest.peers.transformers import NO_END, answer_all
 from loadtest.workloads import Work
 
-NO_END = -1
 CONFIG = ContinuousBatchingConfig(allow_block_sharing=False)
 DRY_CONFIG = ContinuousBatchingConfig(allow_block_sharing=False, num_blocks=16, max_batch_tokens=64)
 """On a CPU it would take most of the memory."""
 WARM_UP_TOKENS = 8
-RESULT_SECONDS = 60.0
-"""How long to wait for the next answer before giving up."""
-
-
-class NoAnswer(Exception):
-    """The engine ended, or went silent, before it had answered everything."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,23 +74,6 @@ def tokens_per_second(manager: Any, works: Sequence[Work]) -> float:
     started_at = time.perf_counter()
     num_tokens = answer_all(manager, works)
     return num_tokens / (time.perf_counter() - started_at)
-
-
-def answer_all(manager: Any, works: Sequence[Work]) -> int:
-    """Answers requests that begin together. Returns how many tokens came; raises NoAnswer."""
-    for work in works:
-        manager.add_request(list(work.prompt), max_new_tokens=work.num_new, eos_token_id=NO_END)
-    num_tokens = 0
-    for _ in works:
-        answer = manager.get_result(timeout=RESULT_SECONDS)
-        if answer is None:
-            raise NoAnswer(f"no answer within {RESULT_SECONDS:.0f} s")
-        if answer.error is not None:
-            raise NoAnswer(str(answer.error))
-        num_tokens += len(answer.generated_tokens)
-    if num_tokens != sum(work.num_new for work in works):
-        raise NoAnswer(f"{num_tokens} tokens came; {sum(work.num_new for work in works)} were asked for")
-    return num_tokens
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any
 
@@ -17,7 +18,7 @@ from loadtest.peers.runner import Settings as RunnerSettings
 from loadtest.peers.works import SETTLED_TOKENS
 from loadtest.server import running_server
 from loadtest.targets import Answer, EngineTarget, GrpcTarget
-from loadtest.timing import busy_seconds
+from loadtest.timing import StreamTimes, busy_seconds
 from loadtest.workloads import Work
 from model.interface import CPU_BLOCK_SIZE
 from service.config import Settings
@@ -31,6 +32,7 @@ PRECISIONS: dict[str, dict[str, str]] = {
 DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()}
 
 
+POLL_SECONDS = 0.005
 UNHURRIED_MS = "1000"
 """No peer shortens prompts' parts for the sake of running streams; where only throughput counts, neither do we."""
 
@@ -49,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job = parse(NAME, best_settings, arguments)
     if job.settings["way"] == "engine":
         runs = run_engine(job)
-    elif job.settings["way"] == "grpc" and job.workload != "W5":
+    elif job.settings["way"] == "grpc":
         runs = asyncio.run(run_grpc(job))
     else:
-        raise SystemExit("way is engine, or grpc for W1, W2 and W3")
+        raise SystemExit("way is engine or grpc")
     report(NAME, commit(), job, runs)
     return 0
 
@@ -104,6 +106,8 @@ async def run_grpc(job: Job) -> list[Figures]:
         target = GrpcTarget(server.address)
         try:
             await target.run(job.warm_up(), use_cache=False)
+            if job.workload == "W5":
+                return [await measure_client_stall(target, job.works(), job.long_prompt()) for _ in range(job.repeat)]
             return [figures(await target.run(job.works(), use_cache=False)) for _ in range(job.repeat)]
         finally:
             await target.close()
@@ -134,6 +138,37 @@ def measure_stall(target: EngineTarget, works: Sequence[Work], long_work: Work) 
     assert not ended, "a stream ended too early"
     target.cancel(streams)
     return stall_figures([answer.times for answer in streams.values()], long.times)
+
+
+async def measure_client_stall(target: GrpcTarget, works: Sequence[Work], long_work: Work) -> Figures:
+    """W5, at the client: the gaps are between deltas. Raises RuntimeError when a stream ends before it is cancelled."""
+    answers = [Answer(StreamTimes(time.monotonic(), len(work.prompt)), []) for work in works]
+    tasks = [
+        asyncio.create_task(target.read(answer, work, use_cache=False))
+        for answer, work in zip(answers, works, strict=True)
+    ]
+
+    async def until(holds: Callable[[StreamTimes], bool]) -> None:
+        while not all(holds(answer.times) for answer in answers):
+            await asyncio.sleep(POLL_SECONDS)
+            if any(task.done() for task in tasks):
+                raise RuntimeError("a stream ended too early")
+
+    try:
+        await until(is_settled)
+        long = await target.answer(long_work, use_cache=False)
+        # A delta brings what several steps made: the gap in which the prompt's token came has yet to end.
+        await until(lambda times: times.arrivals[-1][0] > long.times.ended_at)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return stall_figures([answer.times for answer in answers], long.times)
+
+
+def is_settled(times: StreamTimes) -> bool:
+    """Whether a stream of W5 has come so far that the long prompt may be sent; it has a gap by then, too."""
+    return times.num_tokens >= SETTLED_TOKENS and len(times.arrivals) > 1
 
 
 if __name__ == "__main__":

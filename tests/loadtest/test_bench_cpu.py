@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,19 @@ def test_a_second_session_adds_rounds(tmp_path: Path, quiet: list[float], comman
     assert [record["run"]["round"] for record in read(plan.out) if "run" in record] == [1, 2, 3, 4]
 
 
+def test_a_runs_share_is_of_its_own_sessions_limits(
+    tmp_path: Path, quiet: list[float], commands: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(plan_of(tmp_path, engines=("quire",)), rounds=1)
+    rates = iter([100.0, 40.0])
+    monkeypatch.setattr(bench_cpu, "limits_of", lambda *_: {"output_tokens_per_second": next(rates)})
+    bench_cpu.measure(plan)
+    bench_cpu.measure(plan)
+    document, _ = summary(read(plan.out))
+    [row] = document["rows"]  # 20 tokens a second in both
+    assert (row["limit"], row["share_of_limit"]) == (70.0, 0.35)
+
+
 def test_a_noisy_run_is_repeated_but_not_for_ever(tmp_path: Path, quiet: list[float], commands: list[str]) -> None:
     plan = plan_of(tmp_path, engines=("quire",))
     quiet.extend([0.5, 0.05, 0.5, 0.4, 0.3])
@@ -144,8 +158,10 @@ def test_a_failure_is_kept_and_the_rest_goes_on(
 
 
 def test_engines_skip_what_they_cannot_measure(tmp_path: Path, quiet: list[float], commands: list[str]) -> None:
-    bench_cpu.measure(plan_of(tmp_path, engines=("quire-grpc",), cells=(Cell("M", "W5", 16, "bf16"),)))
-    assert commands == []
+    cells = [Cell("M", workload, 8, precision) for workload in ("W2", "W5") for precision in ("bf16", "int8")]
+    plan = replace(plan_of(tmp_path, engines=("transformers",), cells=tuple(cells)), rounds=1)
+    bench_cpu.measure(plan)
+    assert [record["run"]["cell"] for record in read(plan.out) if "run" in record] == [asdict(CELL)]
 
 
 def test_a_file_that_was_cut_short_keeps_what_it_has(tmp_path: Path, quiet: list[float], commands: list[str]) -> None:

@@ -32,7 +32,7 @@ def test_ratios_are_within_rounds_and_to_the_best_peer() -> None:
 
 def test_where_less_is_better_the_ratio_still_grows_with_our_lead() -> None:
     rows = rows_of(
-        [single("quire", 1, 5.0, 900.0), single("llamacpp", 1, 10.0, 300.0)], {SINGLE: {"ms_per_token": 4.0}}
+        [single("quire", 1, 5.0, 900.0), single("llamacpp", 1, 10.0, 300.0)], {(SINGLE, 1): {"ms_per_token": 4.0}}
     )
     assert [row.figure for row in rows] == ["ms_per_token", "prefill_tokens_per_second"]
     assert [row.ratio["median"] if row.ratio else None for row in rows] == [2.0, 3.0]
@@ -45,6 +45,12 @@ def test_grpc_is_set_beside_the_engine_and_is_no_peer() -> None:
     assert row.grpc_over_engine == {"median": 0.95, "min": 0.95, "max": 0.95}
     assert row.best_peer is None
     assert row.ratio is None
+
+
+def test_a_share_of_the_limit_is_of_the_rounds_own() -> None:
+    limits = {(BATCH, number): {"output_tokens_per_second": 100.0 * number} for number in (1, 2, 3)}
+    [row] = rows_of([batch("quire", number, 50.0 * number) for number in (1, 2, 3, 4)], limits)
+    assert (row.limit, row.share_of_limit) == (200.0, 0.5)
 
 
 def test_rounds_that_one_side_lacks_do_not_count() -> None:
@@ -69,7 +75,7 @@ def test_noise_that_stayed_is_marked() -> None:
 def test_the_table_has_a_column_for_each_engine_and_a_dash_for_what_is_missing() -> None:
     rows = rows_of(
         [batch("quire", 1, 1234.5), batch("openvino", 1, 617.0), single("quire", 1, 5.0, 900.0)],
-        {BATCH: {"output_tokens_per_second": 2469.0}},
+        {(BATCH, 1): {"output_tokens_per_second": 2469.0}},
     )
     lines = as_markdown(rows).splitlines()
     dash = "\N{EN DASH}"

@@ -14,8 +14,10 @@ from loadtest.peers import llamacpp, quire
 from loadtest.peers.llamacpp import bench_figures, run_bench, server_command
 from loadtest.peers.runner import Job, Settings, document, parse, report, single_figures, stall_figures
 from loadtest.peers.works import DEFAULT_BATCH, LONG_PROMPT, WORKLOADS, long_prompt, warm_up_of, works_of
+from loadtest.server import running_server
+from loadtest.targets import GrpcTarget
 from loadtest.timing import StreamTimes
-from loadtest.workloads import Work
+from loadtest.workloads import Work, uniform_works
 from service.config import Settings as ServerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,6 +200,21 @@ def test_quires_options_are_settings_with_room_for_all(model: Path, workload: st
     works = [*job.works(), *([job.long_prompt()] if workload == "W5" else [])]
     assert settings.num_blocks * settings.block_size >= sum(len(work.prompt) + work.num_new for work in works)
     assert "--no-prefix-cache" in quire.as_flags(options)
+
+
+@pytest.mark.e2e
+async def test_a_client_sees_how_long_a_prompt_and_the_streams_beside_it_wait(tmp_path: Path) -> None:
+    streams, long = uniform_works(3, 16, 16, 1_000, 4096), uniform_works(4, 1, 600, 1, 4096)[0]
+    with running_server(tmp_path / "server.log", ["--no-prefix-cache"]) as server:
+        target = GrpcTarget(server.address)
+        try:
+            found = await quire.measure_client_stall(target, streams, long)
+            with pytest.raises(RuntimeError, match="too early"):
+                await quire.measure_client_stall(target, uniform_works(3, 2, 16, 4, 4096), long)
+        finally:
+            await target.close()
+    assert found.keys() == {"ttft_ms", "longest_gap_ms", "usual_gap_ms"}
+    assert min(found.values()) > 0
 
 
 def test_quires_eight_bits_are_of_the_weights(model: Path) -> None:
