@@ -132,8 +132,17 @@ def default_address() -> str:
 def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> Settings:
     """Resolves flags over environment over file over defaults. Raises StartupError naming each bad field."""
     from_file = _read_toml(file) if file else {}
+    return _validated({**from_file, **_environment(), **flags})
+
+
+def check_setting(name: str, value: Any) -> None:
+    """Holds a value to a setting's rule, for commands that take one of a server's. Raises StartupError."""
+    _validated({name: value})
+
+
+def _validated(values: dict[str, Any]) -> Settings:
     try:
-        return Settings.model_validate({**from_file, **_environment(), **flags})
+        return Settings.model_validate(values)
     except ValidationError as error:
         raise StartupError("; ".join(_describe(dict(item)) for item in error.errors())) from None
 
