@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from model.interface import MAX_THREADS
 from service.errors import StartupError
 
 BUILT_IN_MODEL = Path(__file__).resolve().parent.parent / "model" / "default"
@@ -51,7 +52,7 @@ class Settings(BaseModel):
     """What computes: an NVIDIA card, the kernels compiled for the CPU, or torch, slowly; auto is the first there is."""
     cpu_level: Literal["auto", "v4_amx", "v4_bf16", "v4_vnni", "v4", "v3", "baseline"] = "auto"
     """Instruction set of the kernels; auto is this CPU's best one. Machines at one level use the same kernels."""
-    threads: int | None = Field(None, ge=1, le=255)
+    threads: int | None = Field(None, ge=1, le=MAX_THREADS)
     """Compute threads; default: the CPUs this process may use, one less where there are four or more."""
     pin_threads: Literal["auto", "on", "off"] = "auto"
     """Tie compute threads to CPUs; auto does where there are four or more, no quota, and threads is not set."""
