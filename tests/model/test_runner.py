@@ -198,6 +198,8 @@ def test_progress_is_told(tmp_path: Path) -> None:
         ({"context_length": 2049}, "context_length: the model's own is 2048, 2049 is longer"),
         ({"num_blocks": None, "kv_cache_bytes": 100}, "needs 8192 bytes for one block, the budget is 100"),
         ({"num_blocks": 2**44}, "no memory for a key/value cache of 17592186044416 blocks"),
+        ({"num_blocks": 2**60}, "no memory for a key/value cache of 1152921504606846976 blocks"),
+        ({"num_blocks": None, "kv_cache_bytes": 2**80}, "no memory for a key/value cache of"),
         ({"backend": Backend.NATIVE, "cpu_level": "v9"}, "unknown instruction set level 'v9'"),
         ({"backend": Backend.TORCH, "cpu_level": "v3"}, "cpu_level: the torch backend has no levels"),
         (
