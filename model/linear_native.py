@@ -155,8 +155,8 @@ class NativeLinear:
         if linears.has_codes and self._num_inputs > MAX_CODED_INPUTS:
             raise ValueError(f"8-bit codes are summed over {MAX_CODED_INPUTS} inputs at most, not {self._num_inputs}")
         if linears.max_inputs is not None and self._num_inputs > linears.max_inputs:
-            at_level = f"bfloat16 matrices of {linears.max_inputs} inputs at most, not {self._num_inputs}"
-            raise ValueError(f"kernels of level {linears.level} take {at_level}")
+            limit = f"bfloat16 matrices of {linears.max_inputs} inputs at most"
+            raise ValueError(f"kernels of level {linears.level} take {limit}, not {self._num_inputs}")
         half = linears.tile // 2 if is_gated else None
         self._bias = _in_tiles(weight_OI.new_zeros(num_outputs) if bias_O is None else bias_O, linears.tile, half)
         self._bias = self._bias.float()
