@@ -7,10 +7,8 @@ is slow and everywhere. Either computes what model/transformer.py says. It does 
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -18,13 +16,14 @@ from torch import Tensor
 from model import operators, operators_native
 from model.attention.native import NativeAttention
 from model.attention.reference import ReferenceAttention
+from model.cards import find_triton_fault
 from model.config import ModelConfig
 from model.decoder_native import NativeDecoder
 from model.inputs import SlotTables
 from model.interface import Backend, Batch, Quantization, RunnerShape
-from model.kv_cache import GROUP, KVCache
+from model.kv_cache import KVCache
 from model.linear import LinearPacker
-from model.native.library import Kernels, open_kernels
+from model.native.library import Kernels, open_kernels_for
 from model.transformer import Logits, Transformer
 
 Forward = Callable[[SlotTables, Batch], Logits]
@@ -45,8 +44,6 @@ class Assembled:
 
 MIN_CAPABILITY = (8, 0)
 """Of a card whose instructions the kernels in model/gpu are made of."""
-C_COMPILERS = ("gcc", "clang")
-"""With one of them, triton builds what loads kernels when the first is launched."""
 
 
 def find_card_fault() -> str | None:
@@ -56,11 +53,7 @@ def find_card_fault() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
         return f"the card has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
-    if find_spec("triton") is None:
-        return "triton, which compiles the kernels for a card, is not installed"
-    if not any(map(shutil.which, C_COMPILERS)):
-        return f"triton needs a C compiler, and there is none of {', '.join(C_COMPILERS)}"
-    return None
+    return find_triton_fault()
 
 
 def choose_kernels(
@@ -75,17 +68,13 @@ def choose_kernels(
             raise ValueError("cpu_level: the torch backend has no levels")
         return None
     try:
-        kernels = open_kernels(level)
-        NativeAttention(kernels, dtype, config.head_dim)
-        if block_size % GROUP:
-            raise ValueError(f"block_size: the native backend takes multiples of {GROUP}, not {block_size}")
+        return open_kernels_for(str(dtype).removeprefix("torch."), config.head_dim, block_size, level)
     except ValueError as reason:
         if backend is Backend.NATIVE or level is not None:
             raise
         # Slow, and torch's products do not keep a row's bits apart from the load's.
         _logger.warning("torch computes, slowly and without the promise of equal bits: %s", reason)
         return None
-    return kernels
 
 
 def assemble(

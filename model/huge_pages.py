@@ -40,7 +40,8 @@ def _map(num_bytes: int) -> Tensor:
     """At least so many bytes from the system, from the start of a huge page on."""
     try:
         mapped = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:
+    # A length that the call cannot even be told overflows.
+    except (OSError, OverflowError):
         raise ValueError(f"no memory for {num_bytes} bytes") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # A system may be built without them.

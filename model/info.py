@@ -1,4 +1,4 @@
-"""What a model on disk costs: parameters by kind of matrix, bytes, and how many sequences a cache budget holds.
+"""What a model on disk costs, and what would compute it here: parameters, bytes, sequences in a budget, the backend.
 
 Standard library only: it reads configuration and safetensors headers, never a weight. It does not know how to print.
 """
@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from model.cards import cards, find_install_fault
 from model.checkpoint import check_against, open_checkpoint
 from model.config import FAMILIES, ModelConfig, dtype_bytes, load_config
 from model.families.base import MatrixKind, TensorMap
 from model.interface import Dtype, Quantization
 from model.native.levels import usable_levels
+from model.native.library import open_kernels_for
 
-CARDS = Path("/proc/driver/nvidia/gpus")
 _NOT_PRODUCTS = (MatrixKind.EMBEDDING, MatrixKind.NORM)
 
 
@@ -51,15 +52,25 @@ class ModelInfo:
         return num_blocks // -(-num_tokens // block_size)
 
 
-def cards(driver: Path = CARDS) -> list[str]:
-    """The names of the NVIDIA cards that the driver shows, whether or not torch can use them."""
-    told = (file.read_text(errors="replace").splitlines() for file in sorted(driver.glob("*/information")))
-    return [line.partition(":")[2].strip() for lines in told for line in lines if line.startswith("Model:")]
-
-
 def cpu_levels() -> list[str]:
-    """The kernels that were built here for instruction sets that this CPU has, fastest first; none: torch computes."""
+    """The kernels that were built here for instruction sets that this CPU has, fastest first; they may be refused."""
     return [level.name for level in usable_levels()]
+
+
+def backend_here(config: ModelConfig, dtype: Dtype, block_size: int) -> str:
+    """What a server here would compute with if left to itself, as far as can be told without torch, and why.
+
+    An old card, or one that the driver shows and torch does not find, is told as if it computed.
+    """
+    names = cards()
+    fault = find_install_fault() if names else None
+    if names and fault is None:
+        return f"gpu, {names[0]}"
+    instead = "" if fault is None else f" (not {names[0]}: {fault})"
+    try:
+        return f"native {open_kernels_for(dtype.value, config.head_dim, block_size).level}{instead}"
+    except ValueError as reason:
+        return f"torch, slowly: {reason}{instead}"
 
 
 def load_info(model_dir: Path) -> ModelInfo:

@@ -25,6 +25,8 @@ MAX_STOP_TOKEN_IDS, MAX_EOS_TOKEN_IDS = 64, 64
 """That a request names, and that a model has."""
 MAX_END_TOKEN_IDS = MAX_STOP_TOKEN_IDS + MAX_EOS_TOKEN_IDS
 """Of one sequence."""
+MAX_THREADS = 255
+"""That compute together: the kernels' team has room for so many (model/native/team.h)."""
 CPU_BLOCK_SIZE = 16
 CPU_KV_CACHE_BYTES = 256 * 2**20
 
@@ -210,7 +212,7 @@ class RunnerOptions:
     context_length: int | None = None
     """Shortens the model's own context."""
     num_threads: int | None = None
-    """None for what the process may use, one less where that is four or more."""
+    """None for what the process may use, one less where that is four or more; MAX_THREADS at most."""
     pins_threads: bool | None = None
     """Tie threads to CPUs; None does where num_threads is None, with four CPUs or more and no quota."""
     captures_graphs: bool = True
@@ -238,6 +240,8 @@ class ModelFacts:
     cpu_level: str
     """The kernels' instruction set level; empty where none of the CPU's compute."""
     num_threads: int
+    has_tied_threads: bool = False
+    """Whether each of them, but for the engine's own, keeps to a CPU."""
     card: str = ""
     """The name of the card that computes."""
     attention: str = ""

@@ -13,9 +13,8 @@ from model.attention.base import AttentionPlan, Layout
 from model.config import ModelConfig
 from model.huge_pages import HugePages
 from model.interface import Dtype
+from model.native.limits import GROUP, check_block_size
 
-GROUP = 16
-"""Positions whose keys lie together in the layout DOTS."""
 WORD_BYTES = 4
 
 
@@ -34,8 +33,8 @@ class KVCache:
         layout: Layout = Layout.PLAIN,
     ) -> None:
         """Raises ValueError when there is no memory for so many blocks, or the layout does not take their size."""
-        if layout is Layout.DOTS and block_size % GROUP:
-            raise ValueError(f"block_size: the native backend takes multiples of {GROUP}, not {block_size}")
+        if layout is Layout.DOTS:
+            check_block_size(block_size)
         self.layout = layout
         self.block_size = block_size
         self.num_kv_heads, self.head_dim = config.num_kv_heads, config.head_dim

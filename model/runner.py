@@ -109,8 +109,11 @@ def load_torch_runner(options: RunnerOptions, progress: Progress | None = None) 
     kernels = choose_kernels(options.backend, options.cpu_level, config, dtype, shape.block_size)
     if kernels is None and options.pins_threads:
         raise ValueError("pin_threads: only the native backend's threads can be tied to CPUs")
-    if kernels is not None and threads.cpus:
+    # The first is the engine's own, which moves.
+    tied_to = threads.cpus[1:] if kernels is not None else ()
+    if kernels is not None and tied_to:
         kernels.keep_to_cpus(threads.cpus)
+        _logger.info("threads beside the engine's own are tied to the CPUs %s", ", ".join(map(str, tied_to)))
     with large_pieces_given_back(), torch.inference_mode():
         weights = load_weights(Path(options.model_dir), tensor_map, dtype, progress)
         num_parameters = sum(parameter.numel() for parameter in weights.parameters.values())
@@ -129,6 +132,7 @@ def load_torch_runner(options: RunnerOptions, progress: Progress | None = None) 
         weight_bytes=model.transformer.num_bytes,
         backend=Backend.TORCH if kernels is None else Backend.NATIVE,
         num_threads=torch.get_num_threads(),
+        has_tied_threads=bool(tied_to),
         cpu_level="" if kernels is None else kernels.level,
     )
 

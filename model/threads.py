@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.interface import MAX_THREADS
+
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 SELF_CGROUP = Path("/proc/self/cgroup")
 
@@ -24,19 +26,23 @@ class ThreadPlan:
 
 
 def plan_threads(num_threads: int | None, pins: bool | None) -> ThreadPlan:
-    """What was asked for; None leaves it to this machine. Raises ValueError where threads cannot be tied to CPUs.
+    """What was asked for; None leaves it to this machine.
+
+    Raises ValueError for more threads than MAX_THREADS, and where threads are to be tied to CPUs and cannot be.
 
     By itself a thread is tied to a CPU only where this process has all of them but one to itself: with fewer threads a
     second server would tie its own to the same CPUs, and where a quota counts time and not CPUs, the system does better
     by moving threads away from whatever else runs.
     """
-    if pins and not hasattr(os, "sched_setaffinity"):
+    if num_threads is not None and num_threads > MAX_THREADS:
+        raise ValueError(f"threads: {MAX_THREADS} compute together at most, not {num_threads}")
+    if pins and not _can_tie():
         raise ValueError("pin_threads: this system does not tie threads to CPUs")
     cpus, quota = _allowed_cpus(), _quota(CGROUP_ROOT, SELF_CGROUP)
     available = available_cpus()
-    wanted = num_threads or (available if available < ENOUGH_CPUS else available - 1)
+    wanted = num_threads or min(available if available < ENOUGH_CPUS else available - 1, MAX_THREADS)
     if pins is None:
-        pins = num_threads is None and quota is None and len(cpus) >= ENOUGH_CPUS
+        pins = num_threads is None and quota is None and len(cpus) >= ENOUGH_CPUS and _can_tie()
     return ThreadPlan(wanted, tuple(cpus[i % len(cpus)] for i in range(wanted)) if pins else ())
 
 
@@ -44,6 +50,15 @@ def available_cpus(cgroup_root: Path = CGROUP_ROOT, self_cgroup: Path = SELF_CGR
     """The process's CPU affinity, cut to the control group's quota (whole CPUs, at least one)."""
     cpus, quota = len(_allowed_cpus()), _quota(cgroup_root, self_cgroup)
     return cpus if quota is None else max(1, min(cpus, int(quota)))
+
+
+def _can_tie() -> bool:
+    """Whether the system lets this process say where it runs: asked by saying what holds already."""
+    try:
+        os.sched_setaffinity(0, os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        return False
+    return True
 
 
 def _allowed_cpus() -> list[int]:

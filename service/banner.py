@@ -102,7 +102,8 @@ def _backend(facts: ModelFacts) -> str:
     """What computes: a card by its name, or threads of a CPU."""
     if facts.card:
         return ", ".join(filter(None, (facts.backend, facts.card, facts.attention)))
-    return f"{facts.backend} {facts.cpu_level}".strip() + f", {facts.num_threads} threads"
+    computing = f"{facts.backend} {facts.cpu_level}".strip()
+    return f"{computing}, {facts.num_threads} threads" + (", tied to CPUs" if facts.has_tied_threads else "")
 
 
 def _precision(facts: ModelFacts) -> str:

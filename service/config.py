@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from model.interface import MAX_THREADS
 from service.errors import StartupError
 
 BUILT_IN_MODEL = Path(__file__).resolve().parent.parent / "model" / "default"
@@ -51,7 +52,7 @@ class Settings(BaseModel):
     """What computes: an NVIDIA card, the kernels compiled for the CPU, or torch, slowly; auto is the first there is."""
     cpu_level: Literal["auto", "v4_amx", "v4_bf16", "v4_vnni", "v4", "v3", "baseline"] = "auto"
     """Instruction set of the kernels; auto is this CPU's best one. Machines at one level use the same kernels."""
-    threads: int | None = Field(None, ge=1, le=255)
+    threads: int | None = Field(None, ge=1, le=MAX_THREADS)
     """Compute threads; default: the CPUs this process may use, one less where there are four or more."""
     pin_threads: Literal["auto", "on", "off"] = "auto"
     """Tie compute threads to CPUs; auto does where there are four or more, no quota, and threads is not set."""
@@ -132,8 +133,17 @@ def default_address() -> str:
 def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> Settings:
     """Resolves flags over environment over file over defaults. Raises StartupError naming each bad field."""
     from_file = _read_toml(file) if file else {}
+    return _validated({**from_file, **_environment(), **flags})
+
+
+def check_setting(name: str, value: Any) -> None:
+    """Holds a value to a setting's rule, for commands that take one of a server's. Raises StartupError."""
+    _validated({name: value})
+
+
+def _validated(values: dict[str, Any]) -> Settings:
     try:
-        return Settings.model_validate({**from_file, **_environment(), **flags})
+        return Settings.model_validate(values)
     except ValidationError as error:
         raise StartupError("; ".join(_describe(dict(item)) for item in error.errors())) from None
 

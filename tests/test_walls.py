@@ -127,7 +127,7 @@ def test_the_service_knows_the_models_interface_only():
             "service/engine/process.py": ("model.interface", "model.config", "model.runner"),
         }.get(name_of(path), ("model.interface",))
         if name_of(path).startswith("service/cli/"):
-            allowed = ("model.interface", "model.info", "model.config")
+            allowed = ("model.interface", "model.info", "model.cards", "model.config")
         assert all(name == "model" or name.startswith(allowed) for name in named), f"{name_of(path)}: {named}"
 
 
@@ -145,7 +145,10 @@ def test_the_engine_keeps_to_itself():
         assert all(name.startswith(known) for name in ours), f"{name_of(path)}: {ours}"
 
 
-@pytest.mark.parametrize("file", ["model/interface.py", "model/config.py", "model/info.py"])
+@pytest.mark.parametrize(
+    "file",
+    [*(f"model/{name}.py" for name in ("interface", "config", "info", "cards")), "model/native/limits.py"],
+)
 def test_light_modules_use_the_standard_library_only(file):
     roots = {name.split(".")[0] for name in imports_of(ROOT / file)}
     assert roots <= {"model", *sys.stdlib_module_names}

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from model.attention.base import AttentionPlan, Layout
 from model.native.library import Kernels
-
-MAX_HEAD_DIM = 256
-HEAD_DIM_STEP = 8
+from model.native.limits import check_attention
 
 
 class _Attention(ctypes.Structure):
@@ -39,10 +37,7 @@ class NativeAttention:
 
     def __init__(self, kernels: Kernels, dtype: torch.dtype, head_dim: int) -> None:
         """Raises ValueError for a dtype or head size that the kernel does not take."""
-        if dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"native attention takes bfloat16 and float32, not {dtype}")
-        if head_dim % HEAD_DIM_STEP or not 0 < head_dim <= MAX_HEAD_DIM:
-            raise ValueError(f"native attention takes head sizes 8, 16, … {MAX_HEAD_DIM}, not {head_dim}")
+        check_attention(str(dtype).removeprefix("torch."), head_dim)
         self._dtype = dtype
         self._attend = kernels.library.quire_attend
         self._attend.argtypes = (ctypes.POINTER(_Attention), ctypes.c_int, ctypes.c_int)

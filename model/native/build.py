@@ -1,8 +1,8 @@
 """Compiles the C kernels: `python -m model.native.build`, at install or image build; nothing is compiled at run time.
 
 The C file becomes one plain shared library per instruction set level, without torch's or Python's headers: all it
-needs is a C compiler (GCC 9, clang 12, or later) and a minute of two cores. A library whose sources have not changed
-is left alone. A level that the compiler does not know is skipped.
+needs is a C compiler (all levels: GCC 11, clang 12, or later) and a minute of two cores. A library whose sources have
+not changed is left alone. A level that the compiler does not know is left out, and told on standard error.
 """
 
 from __future__ import annotations
@@ -12,9 +12,19 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
-from model.native.levels import COMMON_FLAGS, LIBRARY_DIR, SOURCE, Level, buildable_levels, library_path
+from model.native.levels import (
+    COMMON_FLAGS,
+    LIBRARY_DIR,
+    SOURCE,
+    Level,
+    buildable_levels,
+    library_path,
+    runnable_levels,
+)
 from model.native.levels import source_digest as digest_of
 from model.threads import available_cpus
 
@@ -23,6 +33,13 @@ COMPILERS = ("cc", "gcc", "clang")
 
 class BuildError(Exception):
     """The kernels cannot be built here; the message is one line for the person who called."""
+
+
+class Outcome(NamedTuple):
+    """What a build did: libraries that were compiled, and levels that the compiler could not build, with why."""
+
+    built: list[Path]
+    left_out: list[tuple[Level, str]]
 
 
 def find_compiler(names: tuple[str, ...] = COMPILERS) -> str:
@@ -53,21 +70,39 @@ def build_library(compiler: str, level: Level) -> str | None:
     return None
 
 
-def build(compiler_names: tuple[str, ...] = COMPILERS) -> list[Path]:
-    """Brings all libraries up to date, several at a time, and returns the ones that were compiled.
+def build(compiler_names: tuple[str, ...] = COMPILERS) -> Outcome:
+    """Brings all libraries up to date, several at a time. Of a level that is left out no older library stays.
 
     Raises BuildError when no compiler is found, or it cannot build the level that every machine runs.
     """
     missing = [level for level in buildable_levels() if not is_current(level)]
     if not missing:
-        return []
+        return Outcome([], [])
     compiler = find_compiler(compiler_names)
     with ThreadPoolExecutor(available_cpus()) as pool:
         complaints = list(pool.map(lambda level: build_library(compiler, level), missing))
+    outcome = Outcome([], [])
     for level, complaint in zip(missing, complaints, strict=True):
-        if complaint is not None and not level.is_x86:
+        if complaint is None:
+            outcome.built.append(library_path(level))
+        elif not level.is_x86:
             raise BuildError(f"cannot compile {SOURCE.name}: {complaint}")
-    return [library_path(level) for level, complaint in zip(missing, complaints, strict=True) if complaint is None]
+        else:
+            # It would be refused as stale before a level that can be opened were tried.
+            library_path(level).unlink(missing_ok=True)
+            outcome.left_out.append((level, complaint))
+    return outcome
+
+
+def tell_left_out(left_out: list[tuple[Level, str]]) -> list[str]:
+    """A line for each level: the first of the compiler's, and whether this machine would have run that level."""
+    wanted = list(takewhile(lambda level: not is_current(level), runnable_levels()))
+    lines = []
+    for level, complaint in left_out:
+        why = next(iter(complaint.splitlines()), "it does not say why")
+        cost = "warning: this machine's kernels will be slower: " if level in wanted else ""
+        lines.append(f"{cost}this compiler cannot build level {level.name}: {why}")
+    return lines
 
 
 def main() -> int:
@@ -76,10 +111,12 @@ def main() -> int:
     parser.add_argument("--cc", help="the C compiler to use (default: the first of cc, gcc, clang)")
     arguments = parser.parse_args()
     try:
-        built = build((arguments.cc,) if arguments.cc else COMPILERS)
+        built, left_out = build((arguments.cc,) if arguments.cc else COMPILERS)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    for line in tell_left_out(left_out):
+        print(line, file=sys.stderr)
     print("\n".join(f"built {path.name}" for path in built) or "native kernels are up to date")
     return 0
 

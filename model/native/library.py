@@ -1,4 +1,4 @@
-"""Finds and opens the compiled kernels at an instruction set level.
+"""Finds and opens the compiled kernels at an instruction set level: whether they compute a model here is decided here.
 
 It never compiles: a missing or stale library is a ValueError that says what to run.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.native import limits
 from model.native.levels import LEVELS, Level, library_path, runnable_levels, source_digest
 
 
@@ -44,6 +45,14 @@ def open_kernels(level_name: str | None = None) -> Kernels:
         if library.quire_permit():
             return Kernels(library, level.name)
     raise ValueError(f"the system does not let this process execute kernels of level {built[-1].name!r}")
+
+
+def open_kernels_for(dtype: str, head_dim: int, block_size: int, level_name: str | None = None) -> Kernels:
+    """As `open_kernels`; raises ValueError also where no kernels take such a model. The dtype is its name."""
+    kernels = open_kernels(level_name)
+    limits.check_attention(dtype, head_dim)
+    limits.check_block_size(block_size)
+    return kernels
 
 
 def _open(path: Path, level: Level) -> ctypes.CDLL:

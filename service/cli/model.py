@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from model.info import ModelInfo, cards, cpu_levels, load_info
+from model.cards import cards
+from model.info import ModelInfo, backend_here, cpu_levels, load_info
 from model.interface import CPU_BLOCK_SIZE, CPU_KV_CACHE_BYTES, Dtype, Quantization
 from service.cli.parser import positive_int
-from service.config import BUILT_IN_MODEL
+from service.config import BUILT_IN_MODEL, check_setting
 from service.errors import StartupError
 
 MIB = 2**20
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
+    check_setting("block_size", arguments.block_size)
     try:
         info = load_info(arguments.directory)
     except ValueError as error:
@@ -66,6 +68,7 @@ def _facts(info: ModelInfo, arguments: argparse.Namespace) -> dict[str, Any]:
         "context_length": context_length,
         "dtype": str(dtype),
         "quantization": str(quantization),
+        "backend": backend_here(config, dtype, arguments.block_size),
         "cards": cards(),
         "cpu_levels": cpu_levels(),
         "parameters": {str(kind): count for kind, count in info.parameters.items()},
@@ -108,7 +111,7 @@ def _print_tables(facts: dict[str, Any], directory: Path) -> None:
         ("vocabulary", f"{facts['vocab_size']:,} tokens"),
         ("context", f"{facts['context_length']:,} tokens"),
         ("weights", f"{most}{_size(facts['weight_bytes'])} in {precision}, {_size(facts['file_bytes'])} on disk"),
-        ("backend here", _backend(facts)),
+        ("backend here", facts["backend"]),
         ("keys and values", per_token),
     ]
     overview, matrices, fits = Table.grid(padding=(0, 2)), Table(box=None), Table(box=None)
@@ -128,13 +131,6 @@ def _print_tables(facts: dict[str, Any], directory: Path) -> None:
     for table in (overview, matrices, fits):
         console.print(table)
         console.print()
-
-
-def _backend(facts: dict[str, Any]) -> str:
-    """What a server here would compute with, as far as can be told without torch."""
-    if facts["cards"]:
-        return f"gpu, {facts['cards'][0]}"
-    return f"native {facts['cpu_levels'][0]}" if facts["cpu_levels"] else "torch, slowly: no kernels were built"
 
 
 def _size(num_bytes: int) -> str:

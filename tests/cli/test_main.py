@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from model.info import cards, load_info
+from model import info
+from model.cards import cards
+from model.info import load_info
 from service import logs, supervisor
 from service.cli.main import COMMANDS, main
 from service.config import BUILT_IN_MODEL, Settings
 from tests.client.server import FakeServer, running
+from tests.model.checkpoints import write_checkpoint
 
 Capture = pytest.CaptureFixture[str]
 
@@ -199,10 +202,24 @@ def test_model_info_as_json(capsys: Capture) -> None:
     assert facts["weight_bytes"] == 4 * (facts["num_parameters"] + config["vocab_size"] * config["hidden_size"])
     assert facts["cpu_levels"][-1] == "baseline"
     assert facts["cards"] == cards()
+    assert facts["backend"].startswith(("gpu, ", "native ", "torch, slowly: "))
     # K and V of each layer and head, 4 bytes each; 100 tokens take 7 blocks of 16.
     per_layer = 2 * config["num_key_value_heads"] * config["head_dim"] * 4
     assert facts["kv_bytes_per_token"] == config["num_hidden_layers"] * per_layer
     assert facts["sequences_that_fit"]["100"] == (2**20 // (16 * facts["kv_bytes_per_token"])) // 7
+
+
+def test_model_info_tells_why_torch_would_compute(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(info, "cards", list)
+    monkeypatch.setenv("COLUMNS", "120")
+    directory = str(write_checkpoint(tmp_path, head_dim=20, hidden_size=80))
+    assert main(["model", "info", directory, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["backend"]
+    assert told.startswith("torch, slowly: ")
+    assert main(["model", "info", directory]) == 0
+    assert f"backend here     {told}" in capsys.readouterr().out
 
 
 def test_model_info_as_tables(capsys: Capture) -> None:
@@ -222,7 +239,13 @@ def test_model_info_tells_the_most_that_bfloat16_takes(capsys: Capture, argument
     assert ("at most" in capsys.readouterr().out) == is_limit
 
 
-@pytest.mark.parametrize("arguments", [["/no/such/directory"], ["--context-length", "100000"], ["{broken}"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["/no/such/directory"], ["--context-length", "100000"], ["{broken}"]),
+        *(["--block-size", size] for size in ("8", "24", "272")),
+    ],
+)
 def test_model_info_names_a_mistake_in_one_line(capsys: Capture, tmp_path: Path, arguments: list[str]) -> None:
     shutil.copy(BUILT_IN_MODEL / "config.json", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 9)

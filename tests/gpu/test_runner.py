@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model import backend
+from model import backend, cards
 from model import runner as cpu_runner
 from model.gpu import runner
 from model.gpu.graphs import Buckets
@@ -140,7 +140,7 @@ def test_a_card_is_used_where_it_can_be(
     fault: str | None,
 ) -> None:
     monkeypatch.setattr(backend.torch, "cuda", Cuda.of(capability))
-    monkeypatch.setattr(backend, "find_spec", lambda name: finds_triton or None)
+    monkeypatch.setattr(cards, "find_spec", lambda name: finds_triton or None)
     assert backend.find_card_fault() == fault
     loaded: list[str] = []
 
@@ -159,7 +159,7 @@ def test_a_card_without_a_c_compiler_is_not_used(
 ) -> None:
     """triton would fail at the first launch. That the CPU computes beside a card is no secret."""
     monkeypatch.setattr(backend.torch, "cuda", Cuda.of((9, 0)))
-    monkeypatch.setattr(backend, "find_spec", lambda name: True)
+    monkeypatch.setattr(cards, "find_spec", lambda name: True)
     assert backend.find_card_fault() is None
     monkeypatch.setenv("PATH", "")
     fault = "triton needs a C compiler, and there is none of gcc, clang"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from pathlib import Path
 
 import pytest
 import torch
 
+from model import info
 from model.backend import choose_kernels
 from model.config import ModelConfig, load_config
-from model.interface import Backend
+from model.info import backend_here
+from model.interface import Backend, Dtype
 from model.native import library
 from model.native.levels import LEVELS as ALL_LEVELS
+from model.native.levels import Level
 from tests.model.checkpoints import DEFAULT_MODEL, write_checkpoint
 from tests.model.levels import LEVELS, needs_kernels
 from tests.model.mini_loop import MiniLoop
@@ -69,7 +73,7 @@ def test_what_the_kernels_do_not_take_is_refused_where_they_were_asked_for(odd_h
         for changes, message in (
             ({"config": odd_heads}, "head sizes 8, 16, … 256, not 20"),
             ({"block_size": 24}, "block_size: the native backend takes multiples of 16, not 24"),
-            ({"dtype": torch.float16}, "takes bfloat16 and float32, not torch.float16"),
+            ({"dtype": torch.float16}, "takes bfloat16 and float32, not float16"),
         ):
             with pytest.raises(ValueError, match=message) as error:
                 choose(backend, level, **changes)  # type: ignore[arg-type]
@@ -102,6 +106,59 @@ def test_torch_takes_what_the_kernels_do_not(tmp_path: Path) -> None:
     loop = MiniLoop(directory, torch.float32, context_length=32, backend=Backend.AUTO)
     assert not loop.is_one_call
     assert loop.prefill(0, range(20), 7).isfinite().all()
+
+
+@pytest.fixture
+def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "cards", list)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("no_card")
+def test_what_would_compute_here_is_told_as_it_is_chosen(odd_heads: ModelConfig) -> None:
+    """And why, where torch would."""
+    config = load_config(DEFAULT_MODEL)
+    for dtype in Dtype:
+        assert backend_here(config, dtype, 16) == f"native {choose(Backend.AUTO, dtype=getattr(torch, dtype))}"
+        told = "torch, slowly: native attention takes head sizes 8, 16, … 256, not 20"
+        assert backend_here(odd_heads, dtype, 16) == told
+    told = "torch, slowly: block_size: the native backend takes multiples of 16, not 24"
+    assert backend_here(config, Dtype.BFLOAT16, 24) == told
+
+
+@needs_kernels
+@pytest.mark.usefixtures("no_card")
+def test_kernels_that_do_not_compute_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stale ones, and those that the system does not permit, though their files are there."""
+    config = load_config(DEFAULT_MODEL)
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "source_digest", lambda level: "0" * 64)
+        told = backend_here(config, Dtype.BFLOAT16, 16)
+        assert told.startswith("torch, slowly: ") and "is older than its sources" in told
+    real = library._open
+
+    def open_refusing(path: Path, level: Level) -> ctypes.CDLL:
+        opened = real(path, level)
+        if level.name == LEVELS[0]:
+            opened.quire_permit = lambda: 0  # type: ignore[assignment]
+        return opened
+
+    monkeypatch.setattr(library, "_open", open_refusing)
+    told = backend_here(config, Dtype.BFLOAT16, 16)
+    assert told == f"native {LEVELS[1]}" if len(LEVELS) > 1 else "the system does not let" in told
+
+
+@pytest.mark.parametrize("fault", [None, "torch 2.13.0+cpu is not built for NVIDIA cards"])
+def test_a_card_is_told_where_what_is_installed_can_use_it(
+    monkeypatch: pytest.MonkeyPatch, odd_heads: ModelConfig, fault: str | None
+) -> None:
+    monkeypatch.setattr(info, "cards", lambda: ["NVIDIA H100"])
+    monkeypatch.setattr(info, "find_install_fault", lambda: fault)
+    told = backend_here(odd_heads, Dtype.BFLOAT16, 16)
+    if fault is None:
+        assert told == "gpu, NVIDIA H100"
+    else:
+        assert told.startswith("torch, slowly: ") and told.endswith(f" (not NVIDIA H100: {fault})")
 
 
 @needs_kernels

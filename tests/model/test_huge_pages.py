@@ -35,6 +35,7 @@ def test_a_tensor_outlives_its_owner() -> None:
     assert tensor.fill_(3).sum() == 3000
 
 
-def test_no_memory_is_one_clear_line() -> None:
-    with pytest.raises(ValueError, match="no memory for"):
-        HugePages().zeros(1 << 50, dtype=torch.uint8)
+@pytest.mark.parametrize("num_bytes", [1 << 50, (1 << 63) - 1, 1 << 63, 10**30])
+def test_no_memory_is_one_clear_line(num_bytes: int) -> None:
+    with pytest.raises(ValueError, match=r"^no memory for \d+ bytes$"):
+        HugePages().zeros(num_bytes, dtype=torch.uint8)

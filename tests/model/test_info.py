@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from model.config import load_config
 from model.families.base import MatrixKind
-from model.info import cards, load_info
+from model.info import load_info
 from model.interface import Dtype, Quantization
 from tests.model.checkpoints import DEFAULT_MODEL, write_checkpoint
 
@@ -61,14 +61,6 @@ def test_an_incomplete_model_is_refused(tmp_path: Path) -> None:
     (directory / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="model-00002-of-00002"):
         load_info(directory)
-
-
-def test_cards_are_those_that_the_driver_shows(tmp_path: Path) -> None:
-    assert cards(tmp_path / "none") == []
-    for place, name in (("0000:01:00.0", "NVIDIA H200"), ("0000:02:00.0", "NVIDIA A100: 80 GB")):
-        (tmp_path / place).mkdir()
-        (tmp_path / place / "information").write_text(f"Model: \t\t {name}\nIRQ:   \t\t 16\n")
-    assert cards(tmp_path) == ["NVIDIA H200", "NVIDIA A100: 80 GB"]
 
 
 def test_importing_it_imports_no_torch() -> None:

@@ -223,3 +223,20 @@ def test_long_inputs_go_through_in_panels(level: str, dtype: torch.dtype) -> Non
     expected = x.double() @ weight.double().T
     torch.testing.assert_close(linear(x).double(), expected, atol=2e-5, rtol=2**-8)
     assert torch.equal(linear(x[200:207]), linear(x)[200:207])
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_the_widest_inputs_fit_a_helpers_stack(level: str, dtype: torch.dtype) -> None:
+    """Where blocks of rows are widened there; wider ones are refused before any is computed."""
+    is_limited = dtype is torch.bfloat16 and level not in ("v4_amx", "v4_bf16")
+    linears = NativeLinears(kernels_of(level), dtype)
+    assert linears.max_inputs == ((57344 if linears.tile == 32 else 76458) if is_limited else None)
+    num_inputs = linears.max_inputs or 80000
+    weight, x = rows(dtype, 200, num_inputs), rows(dtype, 17, num_inputs)
+    torch.set_num_threads(3)
+    found, expected = linears.pack(weight)(x).double(), x.double() @ weight.double().T
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=2**-8)
+    if is_limited:
+        told = f"take bfloat16 matrices of {num_inputs} inputs at most, not {num_inputs + 1}"
+        with pytest.raises(ValueError, match=f"^kernels of level {level} {told}$"):
+            linears.pack(torch.zeros(1, num_inputs + 1, dtype=dtype))

@@ -83,12 +83,12 @@ def test_other_machines_build_only_the_baseline(monkeypatch):
 
 def test_build_makes_a_library_once_and_again_when_a_source_changes(empty_lib, tiny_source, only_baseline, monkeypatch):
     needs_compiler()
-    built = build_module.build()
+    built, _ = build_module.build()
     assert built == [empty_lib / "quire_baseline.so"]
     assert ctypes.CDLL(str(built[0])).quire_source_digest
-    assert build_module.build() == []
+    assert build_module.build() == ([], [])
     monkeypatch.setattr(build_module, "digest_of", lambda level: "0" * 64)
-    assert build_module.build() == built
+    assert build_module.build() == (built, [])
     assert sorted(empty_lib.iterdir()) == built
 
 
@@ -120,11 +120,46 @@ def knows_flags(compiler, flags, tmp_path):
     return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
 
 
-def test_a_level_that_the_compiler_does_not_know_is_skipped(empty_lib, tiny_source, monkeypatch):
+@pytest.fixture
+def future(monkeypatch):
+    """A level that no compiler knows, beside the baseline."""
+    future = levels.Level("future", ("-march=quire-9000",), frozenset({"future"}))
+    monkeypatch.setattr(build_module, "buildable_levels", lambda: [future, levels.LEVELS[-1]])
+    return future
+
+
+def test_a_level_that_the_compiler_does_not_know_is_left_out(empty_lib, tiny_source, future):
+    """With what an earlier compiler or source made of it, which would be refused before others were tried."""
     needs_compiler()
-    unknown = levels.Level("future", ("-march=quire-9000",), frozenset({"future"}))
-    monkeypatch.setattr(build_module, "buildable_levels", lambda: [unknown, levels.LEVELS[-1]])
-    assert [path.name for path in build_module.build()] == ["quire_baseline.so"]
+    (empty_lib / "quire_future.so").write_text("stale")
+    built, ((level, complaint),) = build_module.build()
+    assert [path.name for path in built] == ["quire_baseline.so"]
+    assert level is future and "quire-9000" in complaint
+    assert list(empty_lib.iterdir()) == built
+
+
+@pytest.mark.parametrize("has_processor", [True, False])
+def test_the_command_tells_what_is_left_out(empty_lib, tiny_source, future, monkeypatch, capsys, has_processor):
+    """Louder where this machine would have run it; either way there are kernels."""
+    needs_compiler()
+    runnable = [future, levels.LEVELS[-1]] if has_processor else [levels.LEVELS[-1]]
+    monkeypatch.setattr(build_module, "runnable_levels", lambda: runnable)
+    monkeypatch.setattr(sys, "argv", ["build"])
+    for said in ("built quire_baseline.so\n", "native kernels are up to date\n"):
+        assert build_module.main() == 0
+        out, err = capsys.readouterr()
+        assert out == said
+        assert err.count("\n") == 1 and "this compiler cannot build level future: " in err and "quire-9000" in err
+        assert err.startswith("warning: this machine's kernels will be slower: ") == has_processor
+
+
+def test_a_level_beside_a_faster_one_is_not_missed(empty_lib, monkeypatch):
+    fast, slow = (levels.Level(name, (), frozenset({name})) for name in ("fast", "slow"))
+    monkeypatch.setattr(build_module, "runnable_levels", lambda: [fast, slow, levels.LEVELS[-1]])
+    monkeypatch.setattr(build_module, "is_current", lambda level: level is not slow)
+    assert build_module.tell_left_out([(slow, "cc1: error: no\nnote: see\n")]) == [
+        "this compiler cannot build level slow: cc1: error: no"
+    ]
 
 
 def test_no_compiler_is_one_clear_line(empty_lib):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from model import threads
 from model.families.base import MatrixKind
 from model.info import load_info
 from model.interface import (
+    MAX_THREADS,
     NO_LOGPROBS,
     Admission,
     Backend,
@@ -195,6 +198,8 @@ def test_progress_is_told(tmp_path: Path) -> None:
         ({"context_length": 2049}, "context_length: the model's own is 2048, 2049 is longer"),
         ({"num_blocks": None, "kv_cache_bytes": 100}, "needs 8192 bytes for one block, the budget is 100"),
         ({"num_blocks": 2**44}, "no memory for a key/value cache of 17592186044416 blocks"),
+        ({"num_blocks": 2**60}, "no memory for a key/value cache of 1152921504606846976 blocks"),
+        ({"num_blocks": None, "kv_cache_bytes": 2**80}, "no memory for a key/value cache of"),
         ({"backend": Backend.NATIVE, "cpu_level": "v9"}, "unknown instruction set level 'v9'"),
         ({"backend": Backend.TORCH, "cpu_level": "v3"}, "cpu_level: the torch backend has no levels"),
         (
@@ -260,6 +265,8 @@ def test_the_quota_of_version_one(tmp_path: Path) -> None:
         ([2, 4], None, 3, True, 3, (2, 4, 2)),
         (range(8), None, 2, None, 2, ()),
         (range(8), None, 2, True, 2, (0, 1)),
+        (range(256), None, None, False, 255, ()),
+        (range(300), None, None, None, 255, tuple(range(255))),
     ],
 )
 def test_threads_are_planned_for_the_machine(
@@ -276,3 +283,51 @@ def test_threads_are_planned_for_the_machine(
     monkeypatch.setattr(threads, "_quota", lambda *files: quota)
     plan = plan_threads(asked, pins)
     assert (plan.num_threads, plan.cpus) == (num_threads, places)
+
+
+def test_more_threads_than_the_kernels_take_are_refused() -> None:
+    """Here, and in the settings; the kernels' own number is written in C."""
+    assert plan_threads(MAX_THREADS, False).num_threads == MAX_THREADS
+    with pytest.raises(ValueError, match=r"^threads: 255 compute together at most, not 256$"):
+        plan_threads(256, None)
+    header = (Path(threads.__file__).parent / "native" / "team.h").read_text()
+    assert re.findall(r"#define MAX_THREADS (\d+)", header) == [str(MAX_THREADS)]
+
+
+def test_a_system_that_refuses_places_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself nothing is tied there; who asks for it hears so."""
+    monkeypatch.setattr(threads, "_allowed_cpus", lambda: list(range(4)))
+    monkeypatch.setattr(threads, "_quota", lambda *files: None)
+    assert plan_threads(None, None).cpus == (0, 1, 2)
+
+    def refuse(pid: int, cpus: set[int]) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(threads.os, "sched_setaffinity", refuse, raising=False)
+    assert plan_threads(None, None).cpus == ()
+    with pytest.raises(ValueError, match=r"^pin_threads: this system does not tie threads to CPUs$"):
+        plan_threads(None, True)
+
+
+@pytest.mark.usefixtures("native_kernels")
+@pytest.mark.parametrize(("num_threads", "tied"), [(3, "5, 2"), (1, None)])
+def test_threads_that_are_tied_are_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    num_threads: int,
+    tied: str | None,
+) -> None:
+    """In the log and the facts; the engine's own thread, alone, is not tied."""
+    places: list[Sequence[int]] = []
+    monkeypatch.setattr(threads, "_allowed_cpus", lambda: [2, 5])
+    monkeypatch.setattr(threads, "_can_tie", lambda: True)
+    monkeypatch.setattr(Kernels, "keep_to_cpus", lambda kernels, cpus: places.append(cpus))
+    with caplog.at_level(logging.INFO):
+        _, facts = load_runner(options(write_checkpoint(tmp_path), num_threads=num_threads, pins_threads=True))
+    assert facts.has_tied_threads == (tied is not None)
+    assert places == ([] if tied is None else [(2, 5, 2)])
+    assert ("tied to the CPUs" in caplog.text) == (tied is not None)
+    assert tied is None or f"tied to the CPUs {tied}" in caplog.text
+    _, facts = load_runner(options(tmp_path, num_threads=num_threads))
+    assert not facts.has_tied_threads

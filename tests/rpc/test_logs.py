@@ -91,6 +91,7 @@ def test_text_lines_quote_what_could_be_taken_for_more():
     ("facts", "told"),
     [
         ({}, "native v3, 2 threads"),
+        ({"num_threads": 3, "has_tied_threads": True}, "native v3, 3 threads, tied to CPUs"),
         ({"backend": "torch", "cpu_level": ""}, "torch, 2 threads"),
         ({"backend": "gpu", "cpu_level": "", "card": "NVIDIA H200"}, "gpu, NVIDIA H200"),
         (
