@@ -101,7 +101,7 @@ class Row:
     """How many times better than the best peer ours is, round by round; above 1 is better for every figure."""
     grpc_over_engine: Spread | None = None
     limit: float | None = None
-    """The least time or the highest rate of loadtest/roofline.py; of several sessions' limits, the median."""
+    """The least time or the highest rate of loadtest/roofline.py; of the rounds' limits, the median."""
     share_of_limit: float | None = None
     """What ours reaches of the limit of its own session, the median of the rounds.
 

@@ -43,6 +43,9 @@ BUSY = "while True: pass"
 WORKS = (("W1", 1), ("W2", 8))
 SETTLE_SECONDS = 1.0
 """After the last stream has ended, before memory is read."""
+PROMPT_TOKENS, NEW_TOKENS = 64, 192
+"""Of each stream: long enough for the moment in which the pool is full to be seen on a fast machine."""
+LOOK_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +142,11 @@ async def fill_pool(plan: Plan, server: RunningServer) -> float:
     target, fullest = GrpcTarget(server.address), 0.0
     try:
         running = asyncio.ensure_future(
-            target.run(uniform_works(1, plan.num_streams, 64, 64, vocab_size), use_cache=False)
+            target.run(uniform_works(1, plan.num_streams, PROMPT_TOKENS, NEW_TOKENS, vocab_size), use_cache=False)
         )
         while not running.done():
             fullest = max(fullest, await asyncio.to_thread(lambda: server.metrics()["quire_kv_cache_usage_ratio"]))
-            await asyncio.wait([running], timeout=0.05)
+            await asyncio.wait([running], timeout=LOOK_SECONDS)
         await running
     finally:
         await target.close()

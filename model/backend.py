@@ -57,7 +57,12 @@ def find_card_fault() -> str | None:
 
 
 def choose_kernels(
-    backend: Backend, level: str | None, config: ModelConfig, dtype: torch.dtype, block_size: int
+    backend: Backend,
+    level: str | None,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    quantization: Quantization,
+    block_size: int,
 ) -> Kernels | None:
     """The kernels of the native backend, or None for torch's.
 
@@ -68,7 +73,7 @@ def choose_kernels(
             raise ValueError("cpu_level: the torch backend has no levels")
         return None
     try:
-        return open_kernels_for(str(dtype).removeprefix("torch."), config.head_dim, block_size, level)
+        return open_kernels_for(config, str(dtype).removeprefix("torch."), quantization, block_size, level)
     except ValueError as reason:
         if backend is Backend.NATIVE or level is not None:
             raise

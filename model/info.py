@@ -57,7 +57,7 @@ def cpu_levels() -> list[str]:
     return [level.name for level in usable_levels()]
 
 
-def backend_here(config: ModelConfig, dtype: Dtype, block_size: int) -> str:
+def backend_here(config: ModelConfig, dtype: Dtype, quantization: Quantization, block_size: int) -> str:
     """What a server here would compute with if left to itself, as far as can be told without torch, and why.
 
     An old card, or one that the driver shows and torch does not find, is told as if it computed.
@@ -65,10 +65,11 @@ def backend_here(config: ModelConfig, dtype: Dtype, block_size: int) -> str:
     names = cards()
     fault = find_install_fault() if names else None
     if names and fault is None:
-        return f"gpu, {names[0]}"
+        refused = "" if quantization is Quantization.NONE else f", which does not compute {quantization}: native does"
+        return f"gpu, {names[0]}{refused}"
     instead = "" if fault is None else f" (not {names[0]}: {fault})"
     try:
-        return f"native {open_kernels_for(dtype.value, config.head_dim, block_size).level}{instead}"
+        return f"native {open_kernels_for(config, dtype.value, quantization, block_size).level}{instead}"
     except ValueError as reason:
         return f"torch, slowly: {reason}{instead}"
 

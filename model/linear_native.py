@@ -15,19 +15,11 @@ import torch
 from torch import Tensor
 
 from model.huge_pages import HugePages
-from model.native.levels import LEVELS
 from model.native.library import Kernels
+from model.native.limits import check_inputs
 from model.quantize import Coded, encode
 
 WORD_BYTES = 4
-MAX_CODED_INPUTS = (2**31 - 1) // (255 * 127)
-"""Products of codes, one of them up to 255 where it is kept with 128 added, are summed in 32 bits."""
-MAX_WIDENED_BYTES = 7 << 18
-"""Of a block of rows of x as float32, where a level has no dots of bfloat16.
-
-A helper has them on its stack (`multiply_part_widened` in matrix.h), which is 2 MiB (STACK_BYTES in team.h); a step
-takes about 0.1 MiB beside them. More rows than a block go there up to 1 MiB only, and codes take less than that limit.
-"""
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 ROWS_AT_ONCE = 4096
 MAX_ESCAPED_SHARE = 0.1
@@ -86,8 +78,6 @@ class NativeLinears:
         self.has_codes = has_codes
         self.tile: int = library.quire_tile()
         self.row_words: int = library.quire_row_words()
-        self.max_inputs = _max_inputs(kernels.level, self.tile) if dtype is torch.bfloat16 and not has_codes else None
-        """None where a row may be as long as it wants, or MAX_CODED_INPUTS is the limit."""
         self.code_offset: int = library.quire_code_offset()
         self.shortens = bool(library.quire_has_shorts()) and dtype is torch.bfloat16 and not has_codes
         """Whether bfloat16 is kept in 12 bits, where that can be and saves room; see model/native/shorts.h."""
@@ -152,11 +142,7 @@ class NativeLinear:
         self._linears = linears
         self._result_dtype = torch.float32 if keeps_float32 else linears.dtype
         num_outputs, self._num_inputs = weight_OI.shape
-        if linears.has_codes and self._num_inputs > MAX_CODED_INPUTS:
-            raise ValueError(f"8-bit codes are summed over {MAX_CODED_INPUTS} inputs at most, not {self._num_inputs}")
-        if linears.max_inputs is not None and self._num_inputs > linears.max_inputs:
-            limit = f"bfloat16 matrices of {linears.max_inputs} inputs at most"
-            raise ValueError(f"kernels of level {linears.level} take {limit}, not {self._num_inputs}")
+        check_inputs(self._num_inputs, str(linears.dtype).removeprefix("torch."), linears.has_codes, linears.level)
         half = linears.tile // 2 if is_gated else None
         self._bias = _in_tiles(weight_OI.new_zeros(num_outputs) if bias_O is None else bias_O, linears.tile, half)
         self._bias = self._bias.float()
@@ -209,14 +195,6 @@ class NativeLinear:
 
 
 _NUMBERS = {torch.float32: Numbers.FLOATS, torch.bfloat16: Numbers.BF16S}
-
-
-def _max_inputs(level: str, tile: int) -> int | None:
-    """Of a bfloat16 matrix: as many as a block of rows (MAX_ROWS in matrix.h) can be widened of; None where none is."""
-    if any(one.name == level and "avx512_bf16" in one.features for one in LEVELS):
-        return None
-    max_rows = 8 if tile == 32 else 6
-    return MAX_WIDENED_BYTES // max_rows // torch.float32.itemsize
 
 
 def _encode_in_parts(weight_OI: Tensor) -> Coded:

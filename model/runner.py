@@ -106,7 +106,7 @@ def load_torch_runner(options: RunnerOptions, progress: Progress | None = None) 
     dtype = getattr(torch, options.dtype.value)
     if options.gpu_attention is not GpuAttention.TRITON:
         raise ValueError(f"gpu_attention: {options.gpu_attention} is for the gpu backend")
-    kernels = choose_kernels(options.backend, options.cpu_level, config, dtype, shape.block_size)
+    kernels = choose_kernels(options.backend, options.cpu_level, config, dtype, options.quantization, shape.block_size)
     if kernels is None and options.pins_threads:
         raise ValueError("pin_threads: only the native backend's threads can be tied to CPUs")
     # The first is the engine's own, which moves.

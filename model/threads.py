@@ -53,7 +53,10 @@ def available_cpus(cgroup_root: Path = CGROUP_ROOT, self_cgroup: Path = SELF_CGR
 
 
 def _can_tie() -> bool:
-    """Whether the system lets this process say where it runs: asked by saying what holds already."""
+    """Whether the system lets this process say where it runs: asked by saying what holds already.
+
+    What is said stays: CPUs that its group is given later are not used. Its threads are about to be tied anyway.
+    """
     try:
         os.sched_setaffinity(0, os.sched_getaffinity(0))
     except (AttributeError, OSError):

@@ -26,6 +26,8 @@ from service.text.tokenizer import Tokenizer
 DELTA_SECONDS = 0.04
 DELTA_SECONDS_PER_REQUEST = 0.01
 LONG_DELTA_SECONDS = 0.1
+LONG_DELTA_SECONDS_PER_REQUEST = 0.005
+LONGEST_DELTA_SECONDS = 0.15
 DELTA_GRACE_SECONDS = 0.02
 """How much later a delta may be for the sake of going out with the tokens that wake this process anyway."""
 
@@ -34,10 +36,12 @@ def delta_seconds(num_open: int) -> float:
     """How long after a delta a reader is given the next one, with what was drawn meanwhile; of so many open requests.
 
     A message costs ten times the work of a token: between its two ends 0.1 to 0.5 ms of a core, which the requests have
-    to leave to computing. So there are about a hundred a second, up to the longest interval. The first token and the
-    end do not wait.
+    to leave to computing. So there are about a hundred a second of few requests, two hundred of more than twenty, up to
+    the longest interval. The first token and the end do not wait.
     """
-    return max(DELTA_SECONDS, min(num_open * DELTA_SECONDS_PER_REQUEST, LONG_DELTA_SECONDS))
+    long = min(num_open * DELTA_SECONDS_PER_REQUEST, LONG_DELTA_SECONDS)
+    longest = min(num_open * LONG_DELTA_SECONDS_PER_REQUEST, LONGEST_DELTA_SECONDS)
+    return max(DELTA_SECONDS, long, longest)
 
 
 class EndReason(StrEnum):

@@ -151,8 +151,9 @@ async def measure_client_stall(target: GrpcTarget, works: Sequence[Work], long_w
     async def until(holds: Callable[[StreamTimes], bool]) -> None:
         while not all(holds(answer.times) for answer in answers):
             await asyncio.sleep(POLL_SECONDS)
-            if any(task.done() for task in tasks):
-                raise RuntimeError("a stream ended too early")
+            for task in tasks:
+                if task.done():
+                    raise RuntimeError("a stream ended too early") from task.exception()
 
     try:
         await until(is_settled)

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = run_continuous(job)
     else:
         raise SystemExit("way is generate, or continuous for W2 and W3")
-    report(NAME, transformers.__version__, job, runs)
+    report(NAME, f"{transformers.__version__}, torch {torch.__version__}", job, runs)
     return 0
 
 
@@ -162,7 +162,7 @@ def answer_all(manager: Any, works: Sequence[Work]) -> int:
     for _ in works:
         answer = manager.get_result(timeout=RESULT_SECONDS)
         if answer is None:
-            raise NoAnswer(f"no answer within {RESULT_SECONDS:.0f} s")
+            raise NoAnswer("no answer came: the engine has ended, or takes too long")
         if answer.error is not None:
             raise NoAnswer(str(answer.error))
         num_tokens += len(answer.generated_tokens)

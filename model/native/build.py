@@ -8,6 +8,7 @@ not changed is left alone. A level that the compiler does not know is left out, 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ class BuildError(Exception):
 
 
 class Outcome(NamedTuple):
-    """What a build did: libraries that were compiled, and levels that the compiler could not build, with why."""
+    """What a build did: libraries that were compiled, and levels that the compiler does not know, with why."""
 
     built: list[Path]
     left_out: list[tuple[Level, str]]
@@ -70,10 +71,16 @@ def build_library(compiler: str, level: Level) -> str | None:
     return None
 
 
+def knows(compiler: str, level: Level) -> bool:
+    """Whether a compiler takes a level's flags."""
+    command = [compiler, *level.flags, "-fsyntax-only", "-x", "c", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def build(compiler_names: tuple[str, ...] = COMPILERS) -> Outcome:
     """Brings all libraries up to date, several at a time. Of a level that is left out no older library stays.
 
-    Raises BuildError when no compiler is found, or it cannot build the level that every machine runs.
+    Raises BuildError when no compiler is found, or it fails at a level that every machine runs or whose flags it takes.
     """
     missing = [level for level in buildable_levels() if not is_current(level)]
     if not missing:
@@ -85,23 +92,25 @@ def build(compiler_names: tuple[str, ...] = COMPILERS) -> Outcome:
     for level, complaint in zip(missing, complaints, strict=True):
         if complaint is None:
             outcome.built.append(library_path(level))
-        elif not level.is_x86:
+        elif not level.is_x86 or knows(compiler, level):
             raise BuildError(f"cannot compile {SOURCE.name}: {complaint}")
         else:
-            # It would be refused as stale before a level that can be opened were tried.
-            library_path(level).unlink(missing_ok=True)
+            # An old one would be refused as stale before one that can be opened were tried; another build's is kept.
+            if not is_current(level):
+                library_path(level).unlink(missing_ok=True)
             outcome.left_out.append((level, complaint))
     return outcome
 
 
 def tell_left_out(left_out: list[tuple[Level, str]]) -> list[str]:
-    """A line for each level: the first of the compiler's, and whether this machine would have run that level."""
+    """A line for each level: the first error of the compiler, and whether this machine would have run that level."""
     wanted = list(takewhile(lambda level: not is_current(level), runnable_levels()))
     lines = []
     for level, complaint in left_out:
-        why = next(iter(complaint.splitlines()), "it does not say why")
+        said = complaint.splitlines() or ["it does not say why"]
+        why = next((line for line in said if "error" in line), said[0])
         cost = "warning: this machine's kernels will be slower: " if level in wanted else ""
-        lines.append(f"{cost}this compiler cannot build level {level.name}: {why}")
+        lines.append(f"{cost}this compiler does not know level {level.name}: {why}")
     return lines
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.config import ModelConfig
+from model.interface import Quantization
 from model.native import limits
 from model.native.levels import LEVELS, Level, library_path, runnable_levels, source_digest
 
@@ -47,11 +49,15 @@ def open_kernels(level_name: str | None = None) -> Kernels:
     raise ValueError(f"the system does not let this process execute kernels of level {built[-1].name!r}")
 
 
-def open_kernels_for(dtype: str, head_dim: int, block_size: int, level_name: str | None = None) -> Kernels:
-    """As `open_kernels`; raises ValueError also where no kernels take such a model. The dtype is its name."""
+def open_kernels_for(
+    config: ModelConfig, dtype: str, quantization: Quantization, block_size: int, level_name: str | None = None
+) -> Kernels:
+    """As `open_kernels`; raises ValueError also where they do not take such a model. The dtype is its name."""
     kernels = open_kernels(level_name)
-    limits.check_attention(dtype, head_dim)
+    limits.check_attention(dtype, config.head_dim)
     limits.check_block_size(block_size)
+    widest = max(config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
+    limits.check_inputs(widest, dtype, quantization is Quantization.INT8, kernels.level)
     return kernels
 
 

@@ -68,7 +68,7 @@ def _facts(info: ModelInfo, arguments: argparse.Namespace) -> dict[str, Any]:
         "context_length": context_length,
         "dtype": str(dtype),
         "quantization": str(quantization),
-        "backend": backend_here(config, dtype, arguments.block_size),
+        "backend": backend_here(config, dtype, quantization, arguments.block_size),
         "cards": cards(),
         "cpu_levels": cpu_levels(),
         "parameters": {str(kind): count for kind, count in info.parameters.items()},

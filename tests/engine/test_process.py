@@ -167,7 +167,7 @@ def test_settings_reach_the_runner_and_the_loop() -> None:
         prefix_cache=False,
         graphs=False,
         gpu_attention="flash-attention-3",
-        target_itl_ms=50,
+        target_itl_ms=70,
     )
     options = runner_options(settings)
     assert (options.model_dir, options.dtype) == (str(settings.model), Dtype.BFLOAT16)
@@ -182,7 +182,7 @@ def test_settings_reach_the_runner_and_the_loop() -> None:
     assert (options.gpu_attention, by_itself.gpu_attention) == ("flash-attention-3", "triton")
     assert (by_itself.block_size, by_itself.kv_cache_bytes) == (None, None)
     loop = engine_options(settings, SHAPE)
-    assert (loop.depth, loop.prefix_cache, loop.target_itl_seconds) == (0, False, 0.05)
+    assert (loop.depth, loop.prefix_cache, loop.target_itl_seconds) == (0, False, 0.07)
     assert engine_options(settings, replace(SHAPE, runs_ahead=True)).depth == 1
 
 

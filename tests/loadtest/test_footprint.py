@@ -34,7 +34,8 @@ def test_a_first_answer_and_memory_are_told(tmp_path: Path, capsys: pytest.Captu
 def test_by_itself_it_fills_the_pool_of_the_built_in_model() -> None:
     plan = footprint.parse([])
     block_bytes = 16 * load_info(plan.model).config.kv_bytes_per_token(Dtype.BFLOAT16)
-    assert plan.num_streams * (128 // 16) > plan.pool_mib * footprint.MIB // block_bytes
+    num_tokens = footprint.PROMPT_TOKENS + footprint.NEW_TOKENS
+    assert plan.num_streams * (num_tokens // 16) > plan.pool_mib * footprint.MIB // block_bytes
 
 
 @pytest.mark.e2e

@@ -43,7 +43,7 @@ class MiniLoop:
         num_blocks = blocks_per_slot * num_slots
         tensor_map = import_module(FAMILIES[config.architecture]).tensor_map(config)
         parameters = load_weights(model_dir, tensor_map, dtype).parameters
-        kernels = choose_kernels(backend, level, config, dtype, BLOCK_SIZE)
+        kernels = choose_kernels(backend, level, config, dtype, quantization, BLOCK_SIZE)
         shape = RunnerShape(
             num_blocks, BLOCK_SIZE, num_slots, self.context_length, config.vocab_size, num_slots * self.context_length
         )

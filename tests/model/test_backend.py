@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from model import info
 from model.backend import choose_kernels
 from model.config import ModelConfig, load_config
 from model.info import backend_here
-from model.interface import Backend, Dtype
+from model.interface import Backend, Dtype, Quantization
 from model.native import library
 from model.native.levels import LEVELS as ALL_LEVELS
 from model.native.levels import Level
+from model.native.limits import MAX_CODED_INPUTS
 from tests.model.checkpoints import DEFAULT_MODEL, write_checkpoint
 from tests.model.levels import LEVELS, needs_kernels
 from tests.model.mini_loop import MiniLoop
@@ -29,10 +31,11 @@ def choose(
     level: str | None = None,
     config: ModelConfig | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    quantization: Quantization = Quantization.NONE,
     block_size: int = 16,
 ) -> str | None:
     """The level of the kernels that are chosen, None where torch computes."""
-    kernels = choose_kernels(backend, level, config or load_config(DEFAULT_MODEL), dtype, block_size)
+    kernels = choose_kernels(backend, level, config or load_config(DEFAULT_MODEL), dtype, quantization, block_size)
     return None if kernels is None else kernels.level
 
 
@@ -119,11 +122,25 @@ def test_what_would_compute_here_is_told_as_it_is_chosen(odd_heads: ModelConfig)
     """And why, where torch would."""
     config = load_config(DEFAULT_MODEL)
     for dtype in Dtype:
-        assert backend_here(config, dtype, 16) == f"native {choose(Backend.AUTO, dtype=getattr(torch, dtype))}"
+        level = choose(Backend.AUTO, dtype=getattr(torch, dtype))
+        assert backend_here(config, dtype, Quantization.NONE, 16) == f"native {level}"
         told = "torch, slowly: native attention takes head sizes 8, 16, … 256, not 20"
-        assert backend_here(odd_heads, dtype, 16) == told
+        assert backend_here(odd_heads, dtype, Quantization.NONE, 16) == told
     told = "torch, slowly: block_size: the native backend takes multiples of 16, not 24"
-    assert backend_here(config, Dtype.BFLOAT16, 24) == told
+    assert backend_here(config, Dtype.BFLOAT16, Quantization.NONE, 24) == told
+
+
+@needs_kernels
+@pytest.mark.usefixtures("no_card")
+@pytest.mark.parametrize("name", ["hidden_size", "intermediate_size", "num_heads"])
+def test_torch_steps_in_where_a_matrix_is_too_wide(name: str) -> None:
+    """Before any weight is read, and told by the command as well."""
+    config = replace(load_config(DEFAULT_MODEL), **{name: MAX_CODED_INPUTS + 1})
+    assert choose(Backend.AUTO, config=config, quantization=Quantization.INT8) is None
+    told = backend_here(config, Dtype.BFLOAT16, Quantization.INT8, 16)
+    assert told.startswith(f"torch, slowly: kernels of level {LEVELS[0]} take 8-bit codes of {MAX_CODED_INPUTS} inputs")
+    with pytest.raises(ValueError, match="inputs at most"):
+        choose(Backend.NATIVE, config=config, quantization=Quantization.INT8)
 
 
 @needs_kernels
@@ -133,7 +150,7 @@ def test_kernels_that_do_not_compute_are_not_told(monkeypatch: pytest.MonkeyPatc
     config = load_config(DEFAULT_MODEL)
     with monkeypatch.context() as patch:
         patch.setattr(library, "source_digest", lambda level: "0" * 64)
-        told = backend_here(config, Dtype.BFLOAT16, 16)
+        told = backend_here(config, Dtype.BFLOAT16, Quantization.NONE, 16)
         assert told.startswith("torch, slowly: ") and "is older than its sources" in told
     real = library._open
 
@@ -144,7 +161,7 @@ def test_kernels_that_do_not_compute_are_not_told(monkeypatch: pytest.MonkeyPatc
         return opened
 
     monkeypatch.setattr(library, "_open", open_refusing)
-    told = backend_here(config, Dtype.BFLOAT16, 16)
+    told = backend_here(config, Dtype.BFLOAT16, Quantization.NONE, 16)
     assert told == f"native {LEVELS[1]}" if len(LEVELS) > 1 else "the system does not let" in told
 
 
@@ -154,9 +171,11 @@ def test_a_card_is_told_where_what_is_installed_can_use_it(
 ) -> None:
     monkeypatch.setattr(info, "cards", lambda: ["NVIDIA H100"])
     monkeypatch.setattr(info, "find_install_fault", lambda: fault)
-    told = backend_here(odd_heads, Dtype.BFLOAT16, 16)
+    told = backend_here(odd_heads, Dtype.BFLOAT16, Quantization.NONE, 16)
     if fault is None:
         assert told == "gpu, NVIDIA H100"
+        coded = backend_here(odd_heads, Dtype.BFLOAT16, Quantization.INT8, 16)
+        assert coded == "gpu, NVIDIA H100, which does not compute int8: native does"
     else:
         assert told.startswith("torch, slowly: ") and told.endswith(f" (not NVIDIA H100: {fault})")
 

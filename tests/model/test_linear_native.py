@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.linear import cancelling_rows
 from model.linear_native import NativeLinear, NativeLinears, Numbers
+from model.native.limits import max_inputs
 from model.operators import silu_mul
 from model.quantize import encode, multiply
 from tests.model.levels import LEVELS, kernels_of, needs_kernels
@@ -230,8 +231,9 @@ def test_the_widest_inputs_fit_a_helpers_stack(level: str, dtype: torch.dtype) -
     """Where blocks of rows are widened there; wider ones are refused before any is computed."""
     is_limited = dtype is torch.bfloat16 and level not in ("v4_amx", "v4_bf16")
     linears = NativeLinears(kernels_of(level), dtype)
-    assert linears.max_inputs == ((57344 if linears.tile == 32 else 76458) if is_limited else None)
-    num_inputs = linears.max_inputs or 80000
+    most = max_inputs(str(dtype).removeprefix("torch."), has_codes=False, level_name=level)
+    assert most == ((57344 if linears.tile == 32 else 76458) if is_limited else None)
+    num_inputs = most or 80000
     weight, x = rows(dtype, 200, num_inputs), rows(dtype, 17, num_inputs)
     torch.set_num_threads(3)
     found, expected = linears.pack(weight)(x).double(), x.double() @ weight.double().T

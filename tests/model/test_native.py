@@ -12,7 +12,7 @@ from model.attention.native import _Attention
 from model.interface import Backend, Quantization
 from model.linear_native import Matrix, _Shortening
 from model.native import build as build_module
-from model.native import levels, library
+from model.native import levels, library, limits
 from model.operators_native import _Rotation
 from service.config import Settings
 from tests.model.levels import LEVELS
@@ -128,6 +128,23 @@ def future(monkeypatch):
     return future
 
 
+def test_a_fault_at_a_level_that_the_compiler_knows_is_an_error(empty_lib, tiny_source, monkeypatch):
+    """A full disk, or a source that is wrong for one level: no reason to do without."""
+    needs_compiler()
+    known = levels.Level("known", ("-DBROKEN",), frozenset({"known"}))
+    monkeypatch.setattr(build_module, "buildable_levels", lambda: [known, levels.LEVELS[-1]])
+    with build_module.SOURCE.open("a") as source:
+        source.write("#ifdef BROKEN\n#error broken\n#endif\n")
+    with pytest.raises(build_module.BuildError, match="broken"):
+        build_module.build()
+
+
+def test_limits_are_those_of_the_kernels():
+    header = (levels.SOURCE_DIR / "attention.h").read_text()
+    for name, value in (("GROUP", limits.GROUP), ("MAX_HEAD_DIM", limits.MAX_HEAD_DIM)):
+        assert f"#define {name} {value}" in header
+
+
 def test_a_level_that_the_compiler_does_not_know_is_left_out(empty_lib, tiny_source, future):
     """With what an earlier compiler or source made of it, which would be refused before others were tried."""
     needs_compiler()
@@ -149,7 +166,7 @@ def test_the_command_tells_what_is_left_out(empty_lib, tiny_source, future, monk
         assert build_module.main() == 0
         out, err = capsys.readouterr()
         assert out == said
-        assert err.count("\n") == 1 and "this compiler cannot build level future: " in err and "quire-9000" in err
+        assert err.count("\n") == 1 and "this compiler does not know level future: " in err and "quire-9000" in err
         assert err.startswith("warning: this machine's kernels will be slower: ") == has_processor
 
 
@@ -158,7 +175,7 @@ def test_a_level_beside_a_faster_one_is_not_missed(empty_lib, monkeypatch):
     monkeypatch.setattr(build_module, "runnable_levels", lambda: [fast, slow, levels.LEVELS[-1]])
     monkeypatch.setattr(build_module, "is_current", lambda level: level is not slow)
     assert build_module.tell_left_out([(slow, "cc1: error: no\nnote: see\n")]) == [
-        "this compiler cannot build level slow: cc1: error: no"
+        "this compiler does not know level slow: cc1: error: no"
     ]
 
 

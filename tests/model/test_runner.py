@@ -281,6 +281,7 @@ def test_threads_are_planned_for_the_machine(
     """One CPU is left to the front end where there are enough; each thread has its own where all others are ours."""
     monkeypatch.setattr(threads, "_allowed_cpus", lambda: list(cpus))
     monkeypatch.setattr(threads, "_quota", lambda *files: quota)
+    monkeypatch.setattr(threads, "_can_tie", lambda: True)
     plan = plan_threads(asked, pins)
     assert (plan.num_threads, plan.cpus) == (num_threads, places)
 
@@ -298,6 +299,7 @@ def test_a_system_that_refuses_places_is_believed(monkeypatch: pytest.MonkeyPatc
     """By itself nothing is tied there; who asks for it hears so."""
     monkeypatch.setattr(threads, "_allowed_cpus", lambda: list(range(4)))
     monkeypatch.setattr(threads, "_quota", lambda *files: None)
+    monkeypatch.setattr(threads.os, "sched_setaffinity", lambda pid, cpus: None, raising=False)
     assert plan_threads(None, None).cpus == (0, 1, 2)
 
     def refuse(pid: int, cpus: set[int]) -> None:

@@ -226,7 +226,9 @@ async def test_neither_the_first_token_nor_the_end_waits(serve, monkeypatch):
     assert (await call.read()).HasField("finished")
 
 
-@pytest.mark.parametrize(("num_open", "seconds"), [(1, 0.04), (4, 0.04), (8, 0.08), (10, 0.1), (5000, 0.1)])
+@pytest.mark.parametrize(
+    ("num_open", "seconds"), [(1, 0.04), (4, 0.04), (8, 0.08), (10, 0.1), (20, 0.1), (24, 0.12), (5000, 0.15)]
+)
 def test_among_many_requests_a_stream_gets_fewer_deltas(num_open, seconds):
     assert generation.delta_seconds(num_open) == pytest.approx(seconds)
 

@@ -88,7 +88,7 @@ class InferenceServiceServicer:
         """Generates and streams: one Started, then Deltas, then one Finished.
         Headers and Started leave together with the first token, so that a client may retry until then. The first Delta
         and the last leave at once; in between, tokens leave together, 40 ms after the Delta before at the earliest, with
-        more than four requests open 10 ms for each of them, and 100 ms at most.
+        more than four requests open 10 ms for each of them up to 100 ms, with more than twenty 5 ms for each up to 150 ms.
         Deltas of a slow reader are merged, never dropped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
