@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -254,6 +255,13 @@ async def serve(settings: Settings, socket_path: str, heartbeat_fd: int) -> None
     await front_end.run(heartbeat.run())
 
 
+def take_turns() -> None:
+    """Keeps this process from taking a core at the moment it wakes: kernels' threads wait for the one that loses it."""
+    if hasattr(os, "sched_setscheduler"):
+        with suppress(OSError):  # a sandbox may forbid it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def main() -> int:
     """Returns the exit code: 0 after a drain, 2 for a user's mistake, 1 for a failure."""
     parser = argparse.ArgumentParser(prog="service.server", description="The front-end process of `quire serve`.")
@@ -262,6 +270,7 @@ def main() -> int:
     arguments = parser.parse_args()
     settings = Settings.model_validate_json(sys.stdin.buffer.read())
     logs.configure(settings.log_level, settings.log_format)
+    take_turns()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's to pass on
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -32,6 +32,9 @@ MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES
 """A front end that leaves more than this unread is lost."""
 HOLD_SECONDS = 0.02
 """Reports that can wait go out at such intervals: half of what a reader waits for its next delta anyway."""
+MANY_SEQUENCES = 20
+LONG_HOLD_SECONDS = 0.05
+"""The same among more sequences than these, whose readers wait longer: each report wakes a front end for all."""
 
 Entry = TypeVar("Entry")
 
@@ -96,11 +99,12 @@ class FrontEnd:
         """Sends its share of a step's report, or holds it if it can and nobody there waits for it.
 
         What is held goes out with the next report that has news, or the first that comes HOLD_SECONDS after the last
-        that went out. Raises FrontEndLost.
+        that went out, LONG_HOLD_SECONDS among many. Raises FrontEndLost.
         """
         share = self._share_of(report)
         self._held.append(share)
-        if self._note_news(share) or not can_hold or now - self._released_at >= HOLD_SECONDS:
+        hold_seconds = HOLD_SECONDS if len(self._open_ids) <= MANY_SEQUENCES else LONG_HOLD_SECONDS
+        if self._note_news(share) or not can_hold or now - self._released_at >= hold_seconds:
             self.release(now)
 
     def release(self, now: float) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from model.interface import TokenLogprobs
 from service.engine.framing import FrameDecoder, encode_frame
-from service.engine.front_end import HOLD_SECONDS, ID_BITS, FrontEnd
+from service.engine.front_end import HOLD_SECONDS, ID_BITS, LONG_HOLD_SECONDS, MANY_SEQUENCES, FrontEnd
 from service.engine.messages import NO_TOKEN, FinishCode, FromEngine, Report, Start, StepStats, Submit
 from tests.engine.ledger import make_submit
 
@@ -89,6 +89,20 @@ def test_tokens_are_held_and_go_out_together(peer: Peer) -> None:
     assert peer.heard() == [1.0 + turn * SOON for turn in range(1, 5)]
     peer.tell(1.0 + 5 * SOON, 0)
     assert peer.heard() == []
+
+
+def test_among_many_sequences_tokens_are_held_longer(peer: Peer) -> None:
+    for sequence_id in range(2, MANY_SEQUENCES):
+        peer.submit(make_submit(sequence_id, [1]))
+    peer.tell(2.0, *range(2, MANY_SEQUENCES))
+    peer.tell(2.0 + HOLD_SECONDS + 0.001, 0, 2)
+    assert peer.heard() == [2.0, 2.0 + HOLD_SECONDS + 0.001]
+    peer.submit(make_submit(MANY_SEQUENCES, [1]))
+    peer.tell(3.0, MANY_SEQUENCES)
+    peer.tell(3.0 + HOLD_SECONDS + 0.001, 0, 2)
+    assert peer.heard() == [3.0]
+    peer.tell(3.0 + LONG_HOLD_SECONDS + 0.001, 0, 2)
+    assert peer.heard() == [3.0 + HOLD_SECONDS + 0.001, 3.0 + LONG_HOLD_SECONDS + 0.001]
 
 
 def test_a_first_token_is_not_held(peer: Peer) -> None:

@@ -97,6 +97,7 @@ def test_without_an_engine_it_lives_and_a_signal_ends_it(start):
     port = free_port()
     process = start(port=port)
     process.wait_beat(b".")
+    assert os.sched_getscheduler(process.process.pid) == os.SCHED_BATCH  # it takes no core from the kernels' threads
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         health = health_pb2_grpc.HealthStub(channel)
         live = health.Check(health_pb2.HealthCheckRequest(service="quire.live"), timeout=20, wait_for_ready=True)
