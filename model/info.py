@@ -65,7 +65,7 @@ def backend_here(config: ModelConfig, dtype: Dtype, quantization: Quantization, 
     names = cards()
     fault = find_install_fault() if names else None
     if names and fault is None:
-        refused = "" if quantization is Quantization.NONE else f", which does not compute {quantization}: native does"
+        refused = "" if quantization is Quantization.NONE else f", which refuses {quantization}"
         return f"gpu, {names[0]}{refused}"
     instead = "" if fault is None else f" (not {names[0]}: {fault})"
     try:

@@ -55,7 +55,7 @@ def available_cpus(cgroup_root: Path = CGROUP_ROOT, self_cgroup: Path = SELF_CGR
 def _can_tie() -> bool:
     """Whether the system lets this process say where it runs: asked by saying what holds already.
 
-    What is said stays: CPUs that its group is given later are not used. Its threads are about to be tied anyway.
+    What is said stays: CPUs that its group is given later are not used. Where threads are tied they are not anyway.
     """
     try:
         os.sched_setaffinity(0, os.sched_getaffinity(0))

@@ -37,7 +37,7 @@ class BuildError(Exception):
 
 
 class Outcome(NamedTuple):
-    """What a build did: libraries that were compiled, and levels that the compiler does not know, with why."""
+    """What a build did: libraries that were compiled, and levels that were left out, with why."""
 
     built: list[Path]
     left_out: list[tuple[Level, str]]
@@ -71,16 +71,19 @@ def build_library(compiler: str, level: Level) -> str | None:
     return None
 
 
-def knows(compiler: str, level: Level) -> bool:
-    """Whether a compiler takes a level's flags."""
+def is_unknown(compiler: str, level: Level, complaint: str) -> bool:
+    """Whether a compiler complained because it does not take a level's flags, or its assembler the instructions."""
+    if "Assembler messages" in complaint:
+        return True
     command = [compiler, *level.flags, "-fsyntax-only", "-x", "c", os.devnull]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return subprocess.run(command, capture_output=True, check=False).returncode != 0
 
 
 def build(compiler_names: tuple[str, ...] = COMPILERS) -> Outcome:
     """Brings all libraries up to date, several at a time. Of a level that is left out no older library stays.
 
-    Raises BuildError when no compiler is found, or it fails at a level that every machine runs or whose flags it takes.
+    Raises BuildError when no compiler is found, or it fails at the level that every machine runs,
+    or at one that this machine runs and the compiler knows.
     """
     missing = [level for level in buildable_levels() if not is_current(level)]
     if not missing:
@@ -88,11 +91,11 @@ def build(compiler_names: tuple[str, ...] = COMPILERS) -> Outcome:
     compiler = find_compiler(compiler_names)
     with ThreadPoolExecutor(available_cpus()) as pool:
         complaints = list(pool.map(lambda level: build_library(compiler, level), missing))
-    outcome = Outcome([], [])
+    outcome, runnable = Outcome([], []), runnable_levels()
     for level, complaint in zip(missing, complaints, strict=True):
         if complaint is None:
             outcome.built.append(library_path(level))
-        elif not level.is_x86 or knows(compiler, level):
+        elif not level.is_x86 or (level in runnable and not is_unknown(compiler, level, complaint)):
             raise BuildError(f"cannot compile {SOURCE.name}: {complaint}")
         else:
             # An old one would be refused as stale before one that can be opened were tried; another build's is kept.
@@ -110,7 +113,7 @@ def tell_left_out(left_out: list[tuple[Level, str]]) -> list[str]:
         said = complaint.splitlines() or ["it does not say why"]
         why = next((line for line in said if "error" in line), said[0])
         cost = "warning: this machine's kernels will be slower: " if level in wanted else ""
-        lines.append(f"{cost}this compiler does not know level {level.name}: {why}")
+        lines.append(f"{cost}this compiler cannot build level {level.name}: {why}")
     return lines
 
 

@@ -45,7 +45,7 @@ def max_inputs(dtype: str, has_codes: bool, level_name: str) -> int | None:
     """Inputs of a matrix at most; None where there may be as many as one wants."""
     if has_codes:
         return MAX_CODED_INPUTS
-    features = next(level.features for level in LEVELS if level.name == level_name)
+    (features,) = (level.features for level in LEVELS if level.name == level_name)
     if dtype != "bfloat16" or "avx512_bf16" in features:
         return None
     rows_of_a_block = 8 if "avx512f" in features else 6  # MAX_ROWS in matrix.h

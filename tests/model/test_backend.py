@@ -136,6 +136,9 @@ def test_what_would_compute_here_is_told_as_it_is_chosen(odd_heads: ModelConfig)
 def test_torch_steps_in_where_a_matrix_is_too_wide(name: str) -> None:
     """Before any weight is read, and told by the command as well."""
     config = replace(load_config(DEFAULT_MODEL), **{name: MAX_CODED_INPUTS + 1})
+    if "v3" in LEVELS:
+        with pytest.raises(ValueError, match=r"^kernels of level v3 take bfloat16 matrices of 76458 inputs at most"):
+            choose(Backend.NATIVE, "v3", replace(config, **{name: 76459}))
     assert choose(Backend.AUTO, config=config, quantization=Quantization.INT8) is None
     told = backend_here(config, Dtype.BFLOAT16, Quantization.INT8, 16)
     assert told.startswith(f"torch, slowly: kernels of level {LEVELS[0]} take 8-bit codes of {MAX_CODED_INPUTS} inputs")
@@ -175,7 +178,7 @@ def test_a_card_is_told_where_what_is_installed_can_use_it(
     if fault is None:
         assert told == "gpu, NVIDIA H100"
         coded = backend_here(odd_heads, Dtype.BFLOAT16, Quantization.INT8, 16)
-        assert coded == "gpu, NVIDIA H100, which does not compute int8: native does"
+        assert coded == "gpu, NVIDIA H100, which refuses int8"
     else:
         assert told.startswith("torch, slowly: ") and told.endswith(f" (not NVIDIA H100: {fault})")
 
