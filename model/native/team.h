@@ -12,6 +12,10 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <time.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "simd.h"
 
@@ -41,6 +45,7 @@ static struct {
     struct {
         _Alignas(64) atomic_int num_taken;  // each in a cache line of its own
     } shares[MAX_THREADS];
+    atomic_int ids[MAX_THREADS];  // the system's
     Signal job;  // (count << 8) + number of threads that it is for
     Signal meeting;
 #if defined(__linux__)
@@ -149,6 +154,9 @@ static void *work_on(void *argument) {
     const int thread = (int)(intptr_t)argument;
     unsigned job = 0;
     int64_t patience = LEAST_PATIENCE;
+#if defined(__linux__)
+    atomic_store(&team.ids[thread], (int)syscall(SYS_gettid));
+#endif
     stay_on_cpu(thread);
     for (;;) {
         // A small model's steps follow each other faster than a thread wakes up: where one came that soon, it looks on
@@ -171,7 +179,7 @@ static void *work_on(void *argument) {
 static void forget_threads(void) {
     team.num_started = 0;
     atomic_store(&team.num_arrived, 0);
-    for (int i = 0; i < MAX_THREADS; i++) atomic_store(&team.shares[i].num_taken, 0);
+    for (int i = 0; i < MAX_THREADS; i++) atomic_store(&team.shares[i].num_taken, 0), atomic_store(&team.ids[i], 0);
     team.used = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     team.job = team.meeting = (Signal)SIGNAL;
 }
@@ -218,3 +226,6 @@ __attribute__((visibility("default"))) void quire_keep_to_cpus(const int *cpus, 
     (void)cpus, (void)num_cpus;
 #endif
 }
+
+// What the system calls a thread of the team, but for the caller's, number 0; 0 where it has not started or has no name.
+__attribute__((visibility("default"))) int quire_thread_id(int thread) { return atomic_load(&team.ids[thread]); }
