@@ -17,9 +17,9 @@ from itertools import chain
 
 from model.native.library import Kernels
 
-LOOK_SECONDS, TRIAL_SECONDS = 0.1, 0.03
+LOOK_SECONDS, TRIAL_SECONDS = 0.2, 0.03
 """Long enough for a front end's bursts not to look like a process that stays; a trial costs while it lasts."""
-SHORTEST_REST_SECONDS, LONGEST_REST_SECONDS = 0.2, 3.2
+SHORTEST_REST_SECONDS, LONGEST_REST_SECONDS = 0.4, 3.2
 
 
 class ThreadCount:

@@ -103,7 +103,8 @@ class NativeLinears:
 
     def pack_rows(self, rows_OI: Tensor) -> PackedWords:
         """Whole tiles of rows, in 12 bits where this `shortens`, they have whole groups and few escapes."""
-        if not self.shortens or words_per_row(rows_OI) % self.group_words:
+        num_words = -(-words_per_row(rows_OI) // self.row_words) * self.row_words
+        if not self.shortens or num_words % self.group_words:
             return PackedWords(pack_words(rows_OI, self.tile, self.row_words, self.memory.zeros))
         words_TWO = pack_words(rows_OI, self.tile, self.row_words, torch.zeros)
         short = self._pack_short(words_TWO)

@@ -81,7 +81,7 @@ INLINE int64_t tile_words(const Matrix *m) { return (int64_t)ceil_div(m->num_wor
 INLINE int is_short(const Matrix *m) { return HAS_SHORTS && m->numbers == SHORT_BF16S; }
 
 INLINE int64_t tile_bytes(const Matrix *m) {
-    return is_short(m) ? (int64_t)(m->num_words / GROUP_WORDS) * GROUP_BYTES : 4 * tile_words(m);
+    return is_short(m) ? tile_words(m) / TILE / GROUP_WORDS * GROUP_BYTES : 4 * tile_words(m);
 }
 
 // The start of a packed tile.
@@ -388,9 +388,41 @@ INLINE void copy_edge(const Matrix *m, const uint32_t *x, int num_rows, uint32_t
     for (int i = 0; i < num_rows; i++) memcpy(edge[i], x + (i + 1) * m->num_words - num_left, 4 * num_left);
 }
 
+#define STEP_WORDS (TMM_WORDS * TILE)  // of a weight, that a set of rows meets at once
+
+// The shorts of a tile on their way to where tile registers are loaded from, a step after the other.
+typedef struct {
+    const uint8_t *groups;
+    uvec palette;
+    Escapes escapes;
+    int group;
+} Widening;
+
+INLINE void widen_step(Widening *widening, uint32_t *wide) {
+    const int first_group = widening->group;
+#pragma GCC unroll 16
+    for (int i = 0; i < TMM_WORDS / GROUP_WORDS; i++, widening->groups += GROUP_BYTES, widening->group++) {
+        uvec words[2 * GROUP_WORDS];
+        widen(widening->groups, widening->palette, words, words + 2);
+        for (int j = 0; j < 2 * GROUP_WORDS; j++)
+            store_words(wide + i * GROUP_WORDS * TILE + j * LANES, words[j]);
+    }
+    for (; *widening->escapes.next < widening->group;
+         widening->escapes.next++, widening->escapes.words += GROUP_WORDS * TILE)
+        memcpy(wide + (*widening->escapes.next - first_group) * GROUP_WORDS * TILE, widening->escapes.words,
+               4 * GROUP_WORDS * TILE);
+}
+
 INLINE void multiply_block_tmm(const Matrix *m, const Product *p, Block block, int tile, int num_rows, int has_lower,
-                               int is_codes) {
-    const uint32_t *x = block.x, *w = m->words + tile * tile_words(m);
+                               int is_codes, int widens) {
+    const uint32_t *x = block.x;
+    uint32_t near[2 * STEP_WORDS] __attribute__((aligned(64)));  // two steps take turns: the next is widened in time
+    uint32_t *wide = block.wide != NULL ? block.wide : near;
+    const uint32_t *weights = widens || block.wide != NULL ? wide : (const uint32_t *)tile_at(m, tile);
+    Widening widening = {0};
+    if (widens)
+        widening = (Widening){(const uint8_t *)tile_at(m, tile), load_palette(m->shorts.palettes + tile * SHORT_PALETTE),
+                              escapes_of(&m->shorts, tile), 0};
     const int num_whole = m->num_words / TMM_WORDS * TMM_WORDS;
     // Memory is kept busy while sums are made and while they are stored, which take about so many cycles.
     const Fetch fetch = plan_fetch(m, tile, block, 1);
@@ -405,7 +437,11 @@ INLINE void multiply_block_tmm(const Matrix *m, const Product *p, Block block, i
     ZERO_TMM(2);
     if (has_lower) ZERO_TMM(1);
     if (has_lower) ZERO_TMM(3);
-    for (int word = 0; word < m->num_words; word += TMM_WORDS, w += TMM_WORDS * TILE) {
+    if (widens) widen_step(&widening, wide);
+    for (int step = 0; step < num_steps; step++) {
+        const int word = step * TMM_WORDS, turns = widens && block.wide == NULL;
+        const uint32_t *w = weights + (turns ? step % 2 : step) * STEP_WORDS;
+        if (widens && step + 1 < num_steps) widen_step(&widening, wide + (turns ? (step + 1) % 2 : step + 1) * STEP_WORDS);
         const uint32_t *rows = word < num_whole ? x + word : edge[0];
         const int64_t row_words = word < num_whole ? m->num_words : TMM_WORDS;
         for (int i = 0; i < lines_per_step; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
@@ -446,11 +482,14 @@ INLINE void multiply_block_tmm(const Matrix *m, const Product *p, Block block, i
 static void multiply_tmm(const Matrix *m, const Product *p, Block block, int from, int to, int num_rows,
                          int *shaped_for) {
     shape_product(num_rows, shaped_for);
+    const int has_lower = num_rows > TMM_ROWS, widens = is_short(m) && (block.wide == NULL || block.index == 0);
     for (int tile = from; tile < to; tile++) {
-        if (m->numbers == CODES && num_rows > TMM_ROWS) multiply_block_tmm(m, p, block, tile, num_rows, 1, 1);
-        else if (m->numbers == CODES) multiply_block_tmm(m, p, block, tile, num_rows, 0, 1);
-        else if (num_rows > TMM_ROWS) multiply_block_tmm(m, p, block, tile, num_rows, 1, 0);
-        else multiply_block_tmm(m, p, block, tile, num_rows, 0, 0);
+        if (m->numbers == CODES && has_lower) multiply_block_tmm(m, p, block, tile, num_rows, 1, 1, 0);
+        else if (m->numbers == CODES) multiply_block_tmm(m, p, block, tile, num_rows, 0, 1, 0);
+        else if (widens && has_lower) multiply_block_tmm(m, p, block, tile, num_rows, 1, 0, 1);
+        else if (widens) multiply_block_tmm(m, p, block, tile, num_rows, 0, 0, 1);
+        else if (has_lower) multiply_block_tmm(m, p, block, tile, num_rows, 1, 0, 0);
+        else multiply_block_tmm(m, p, block, tile, num_rows, 0, 0, 0);
     }
 }
 

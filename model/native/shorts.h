@@ -16,7 +16,7 @@
 #include "amx.h"
 #include "simd.h"
 
-#define HAS_SHORTS (LANES >= 8 && !HAS_AMX)  // tile registers read bfloat16 from memory alone
+#define HAS_SHORTS (LANES >= 8)
 #define SHORT_PALETTE 16
 #define GROUP_WORDS 2
 #define GROUP_NUMBERS (GROUP_WORDS * 2 * TILE)

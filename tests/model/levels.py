@@ -21,7 +21,7 @@ def is_permitted(level: Level) -> bool:
 LEVELS = [level.name for level in library.runnable_levels() if library_path(level).exists() and is_permitted(level)]
 """Fastest first."""
 
-SHORTENING_LEVELS = ("v4_bf16", "v4_vnni", "v4", "v3")
+SHORTENING_LEVELS = ("v4_amx", "v4_bf16", "v4_vnni", "v4", "v3")
 """Those that keep bfloat16 weights in 12 bits."""
 
 needs_kernels = pytest.mark.skipif(not LEVELS, reason="native kernels are not built: python -m model.native.build")
