@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from model.attention.base import Layout
-from model.contention import Contention
 from model.inputs import SlotTables
 from model.interface import Batch
 from model.kv_cache import KVCache
@@ -108,7 +107,6 @@ class NativeDecoder:
             *(cache.block_size, self._dtype is torch.bfloat16),
             *(config.norm_epsilon, config.head_dim**-0.5),
         )
-        self._contention = Contention(kernels, self._max_threads)
         self._step = kernels.library.quire_step
         self._step.argtypes = (ctypes.POINTER(_Decoder), ctypes.POINTER(_Step), _INT)
         self._step.restype = None
@@ -118,8 +116,9 @@ class NativeDecoder:
         rows = batch.rows
         columns = array("i", [x for row in rows for x in (row.slot, row.start, row.num_tokens, row.wants_token)])
         num_wanted = sum(columns[3::4])
-        num_threads = min(torch.get_num_threads(), self._contention.num_threads())
+        num_threads = torch.get_num_threads()
         assert 0 < batch.num_tokens <= self._max_tokens and len(rows) <= self._max_rows
+        assert num_threads <= self._max_threads, "each thread has a room of its own"
         step = _Step(
             *(columns.buffer_info()[0], *tables.addresses),
             *(tables.tokens.shape[1], tables.block_tables.shape[1]),

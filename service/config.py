@@ -53,9 +53,9 @@ class Settings(BaseModel):
     cpu_level: Literal["auto", "v4_amx", "v4_bf16", "v4_vnni", "v4", "v3", "baseline"] = "auto"
     """Instruction set of the kernels; auto is this CPU's best one. Machines at one level use the same kernels."""
     threads: int | None = Field(None, ge=1, le=MAX_THREADS)
-    """Compute threads, fewer while others take their cores; default: the CPUs it may use, one less of four or more."""
+    """Compute threads; default: the CPUs this process may use, one less where there are four or more."""
     pin_threads: Literal["auto", "on", "off"] = "auto"
-    """Tie compute threads to CPUs while all compute; auto: where there are four or more, no quota, threads not set."""
+    """Tie compute threads to CPUs; auto does where there are four or more, no quota, and threads is not set."""
     context_length: int | None = Field(None, ge=2)
     """Shorten the model's context, in tokens."""
     block_size: int | None = Field(None, ge=16, le=256, multiple_of=16)

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "attention.h"
-#include "matrix.h"
+#include "multiply.h"
 
 typedef struct {
     Matrix qkv, o, gate_up, down;
@@ -100,16 +100,18 @@ static void lay_out(const Decoder *d, const Step *s) {
 #define SHARE_ROWS(thread, count, body)                                \
     do {                                                               \
         TAKE_ROWS(thread, count, body);                                \
-        meet();                                                        \
+        meet(thread);                                                  \
     } while (0)
 
-// So few rows each thread prepares for itself: that takes less than to meet.
+// So few rows each thread prepares for itself: that takes less than to meet. Where the others go on meanwhile it may
+// read what they are writing; then it gets no part of what it prepared for.
 #define FEW_ROWS 4
 
 #define PREPARE_ROWS(thread, count, body)                              \
     do {                                                               \
         if (count > FEW_ROWS) SHARE_ROWS(thread, count, body);         \
-        else for (int64_t row = 0; row < count; row++) { body; }       \
+        else if (!is_late(thread))                                     \
+            for (int64_t row = 0; row < count; row++) { body; }        \
     } while (0)
 
 INLINE const Room *room_for(const Decoder *d, int num_rows, int thread) {
@@ -128,7 +130,7 @@ INLINE void apply(const Decoder *d, const Matrix *m, const void *x, const void *
     }
     multiply_part(m, &product, thread);
     if (next != NULL) fetch_start(next, num_rows, thread);
-    meet();
+    meet(thread);
 }
 
 // Returns where the rows are: for this thread only, where they are few.
@@ -162,7 +164,7 @@ INLINE void attend_items(Scratch *scratch, const Attention *a, const Rotation *r
             }
             attend_item(scratch, a, &item, &next, is_bf16);
         }
-    meet();
+    meet(thread);
 }
 
 // One layer; the last one computes only what is wanted from its attention on. Returns the rows that are left.
@@ -189,11 +191,9 @@ INLINE int run_layer(const Forward *f, int index, Scratch *scratch, int thread, 
     attend_items(scratch, &attention, rotates_first ? NULL : &rotation, f->num_items, thread, is_bf16);
     const int num_left = is_last ? s->num_wanted : num_tokens;
     if (num_left < num_tokens) {
-        if (thread == 0) {
-            keep_wanted(d->plan.wanted, num_left, d->mixed, (int64_t)q_size * bytes);
-            keep_wanted(d->plan.wanted, num_left, d->x, (int64_t)d->hidden_size * bytes);
-        }
-        meet();
+        void *const kept[] = {d->mixed, d->x};
+        const int64_t row_bytes[] = {(int64_t)q_size * bytes, (int64_t)d->hidden_size * bytes};
+        SHARE_ROWS(thread, 2, keep_wanted(d->plan.wanted, num_left, kept[row], row_bytes[row]));
     }
     if (num_left == 0) return 0;
     apply(d, &layer->o, d->mixed, d->x, d->x, num_left, q_size, &layer->gate_up, thread, is_bf16, is_bf16);

@@ -14,7 +14,7 @@ MAX_CODED_INPUTS = (2**31 - 1) // (255 * 127)
 MAX_WIDENED_BYTES = 7 << 18
 """Of a block of rows of x as float32, where a level has no dots of bfloat16.
 
-A helper has them on its stack (`multiply_part_widened` in matrix.h), which is 2 MiB (STACK_BYTES in team.h); a step
+A helper has them on its stack (`multiply_part_widened` in multiply.h), which is 2 MiB (STACK_BYTES in team.h); a step
 takes about 0.1 MiB beside them. More rows than a block go there up to 1 MiB only, and codes take less than that limit.
 """
 

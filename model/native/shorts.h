@@ -13,7 +13,6 @@
 // bits: Zhang et al., DFloat11, 2025.)
 #pragma once
 
-#include "amx.h"
 #include "simd.h"
 
 #define HAS_SHORTS (LANES >= 8)

@@ -1,21 +1,22 @@
-// Threads that compute one thing together: they take parts of it as they can, and meet before they go on to the next.
+// Threads that compute one thing together: they take parts of it as they can, and go on to the next when all are done.
 //
-// One team for each library, asleep while there is no work. Whoever waits looks on for a moment, which is how long a
-// meeting takes when all threads have a core, and then sleeps: a thread that went on spinning would keep the core from
-// the one it waits for, once another process wants one. The moment is learnt: at meetings it shrinks with every wait
-// that ends asleep, and grows again with those that do not. Which thread computes what is left to chance and must not
-// show in any result. It does not know what is computed.
+// One team for each library, asleep while there is no work. A work is a fixed sequence of phases, each of parts, which
+// every thread goes through. A phase ends when its parts are done, whoever did them: nobody waits for a thread that
+// has none of them in hand. One that lost its core meanwhile finds the phases gone by that the others ended, and
+// catches up; one that slept until the whole work was over leaves it from there.
+//
+// Whoever waits looks on for a moment, which is how long it takes when all threads have a core, and then sleeps: a thread
+// that went on spinning would keep the core from the one it waits for, once another process wants one. The moment is
+// learnt: it shrinks with every wait that ends asleep, and grows again with those that do not. Which thread computes
+// what is left to chance and must not show in any result. It does not know what is computed.
 #pragma once
 
 #include <pthread.h>
 #include <sched.h>
+#include <setjmp.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <time.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #include "simd.h"
 
@@ -36,23 +37,32 @@ typedef struct {
 
 #define SIGNAL {0, 0, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER}
 
+// Of a thread: its share of the parts, which others help with, and how far it has come.
+typedef struct {
+    _Alignas(64) atomic_ullong taken;  // the phase it was last taken from, times 2^32, and how many parts of it were
+    _Alignas(64) unsigned phase;       // in cache lines of their own: the thread alone knows
+    int total, num_done;               // parts of the phase, and those that this thread has done
+    unsigned job;
+    jmp_buf way_out;
+} Member;
+
 static struct {
     pthread_mutex_t used;  // by one caller at a time
     int num_started, num_threads;
     Part part;
     void *work;
-    atomic_int num_arrived;
-    struct {
-        _Alignas(64) atomic_int num_taken;  // each in a cache line of its own
-    } shares[MAX_THREADS];
-    atomic_int ids[MAX_THREADS];  // the system's
-    Signal job;  // (count << 8) + number of threads that it is for
-    Signal meeting;
+    unsigned first_phase;
+    atomic_int num_done;   // parts of the phase that is on
+    atomic_ullong door;    // to the work: the job, times 2^32, whether it is open, how many are inside beside the caller
+    Member members[MAX_THREADS];
+    Signal job;      // (count << 8) + number of threads that it is for
+    Signal phase;    // how many have ended
+    Signal emptied;  // how often the last one left a closed door
 #if defined(__linux__)
     int num_cpus;
     int cpus[MAX_THREADS];
 #endif
-} team = {.used = PTHREAD_MUTEX_INITIALIZER, .job = SIGNAL, .meeting = SIGNAL};
+} team = {.used = PTHREAD_MUTEX_INITIALIZER, .job = SIGNAL, .phase = SIGNAL, .emptied = SIGNAL};
 
 static int64_t nanoseconds(void) {
     struct timespec now;
@@ -97,41 +107,90 @@ static void change(Signal *s, unsigned value) {
     pthread_mutex_unlock(&s->mutex);
 }
 
-// Waits until every thread of the team has come here; what is taken next starts anew.
-static void meet(void) {
+#define DOOR_OPEN ((uint64_t)1 << 31)
+
+// Whether a thread may work on this job: while it is inside, the work stays.
+static int enter(unsigned job) {
+    uint64_t door = atomic_load(&team.door);
+    do
+        if (door >> 31 != ((uint64_t)job << 1 | 1)) return 0;
+    while (!atomic_compare_exchange_weak(&team.door, &door, door + 1));
+    return 1;
+}
+
+static void leave(void) {
+    const uint32_t left = (uint32_t)(atomic_fetch_sub(&team.door, 1) - 1);
+    if (left == 0) change(&team.emptied, atomic_load(&team.emptied.value) + 1);
+}
+
+static void open_door(unsigned job) { atomic_store(&team.door, (uint64_t)job << 32 | DOOR_OPEN); }
+
+// Waits for those inside; nobody enters any more.
+static void close_door(void) {
+    const unsigned emptied = atomic_load(&team.emptied.value);
+    if ((uint32_t)atomic_fetch_and(&team.door, ~DOOR_OPEN) == (uint32_t)DOOR_OPEN) return;
+    if (!changes_within(&team.emptied, emptied, MOST_PATIENCE)) sleep_until_changed(&team.emptied, emptied);
+}
+
+// Whether the phase that a thread has come to has ended: without it.
+INLINE int is_late(int thread) { return atomic_load(&team.phase.value) != team.members[thread].phase; }
+
+// Tells what a thread has done of the phase it is at, which it leaves behind. Returns whether that has ended.
+static int report(int thread) {
+    Member *m = &team.members[thread];
+    const int total = m->total, num_done = m->num_done;
+    if (total == 0) return 1;  // nothing was to be taken since the last report
+    const unsigned phase = m->phase++;
+    m->total = m->num_done = 0;
+    if (num_done == 0 || atomic_fetch_add(&team.num_done, num_done) + num_done < total)
+        return atomic_load(&team.phase.value) != phase;
+    atomic_store(&team.num_done, 0);
+    change(&team.phase, phase + 1);
+    return 1;
+}
+
+// Waits until all parts of the phase are done; what is taken next is of the next one.
+static void meet(int thread) {
     static _Thread_local int64_t patience = MOST_PATIENCE;
-    const unsigned meeting = atomic_load(&team.meeting.value);
-    const int num_threads = team.num_threads;  // read before arriving: afterwards it may be the next work's
-    if (atomic_fetch_add(&team.num_arrived, 1) + 1 < num_threads) {
-        if (changes_within(&team.meeting, meeting, patience)) {
-            patience += (MOST_PATIENCE - patience) / 8;
-            return;
-        }
-        sleep_until_changed(&team.meeting, meeting);
-        if (patience > LEAST_PATIENCE) patience /= 2;
+    Member *m = &team.members[thread];
+    if (report(thread)) return;
+    if (changes_within(&team.phase, m->phase - 1, patience)) {
+        patience += (MOST_PATIENCE - patience) / 8;
         return;
     }
-    atomic_store(&team.num_arrived, 0);
-    for (int i = 0; i < num_threads; i++) atomic_store_explicit(&team.shares[i].num_taken, 0, memory_order_relaxed);
-    change(&team.meeting, meeting + 1);
+    if (patience > LEAST_PATIENCE) patience /= 2;
+    // Nobody is to wait for a sleeper who has woken up and has no core yet.
+    if (thread > 0) leave();
+    sleep_until_changed(&team.phase, m->phase - 1);
+    if (thread > 0 && !enter(m->job)) longjmp(m->way_out, 1);
 }
 
 // Where a thread's own share of `total` parts starts; it ends where the next one's starts.
 INLINE int share_start(int thread, int total) { return (int)((int64_t)thread * total / team.num_threads); }
 
-// Takes some parts [from, to) of `total`, at least `least` where so many are left in a share. Returns 0 when all are
-// taken. A thread goes through its own share from the start, so that what it reads there is one stream through memory,
-// and then helps the next ones. Large pieces first and small ones in the end: whoever is held up leaves most of it.
+// Takes some parts [from, to) of `total`, which is the same for all threads, at least `least` where so many are left in
+// a share. Returns 0 when all are taken. A thread goes through its own share from the start, so that what it reads there
+// is one stream through memory, and then helps the next ones. Large pieces first and small ones in the end: whoever is
+// held up leaves most of it.
 INLINE int take(int thread, int total, int least, int *from, int *to) {
+    Member *m = &team.members[thread];
+    const uint64_t phase = (uint64_t)m->phase << 32;
+    m->total = total;
+    if (is_late(thread)) return 0;
     for (int i = 0; i < team.num_threads; i++) {
         const int owner = (thread + i) % team.num_threads;
         const int start = share_start(owner, total), length = share_start(owner + 1, total) - start;
-        atomic_int *num_taken = &team.shares[owner].num_taken;
-        int taken = atomic_load_explicit(num_taken, memory_order_relaxed);
-        while (taken < length) {
-            const int count = min_int(max_int(least, (length - taken) / 2), length - taken);
-            if (!atomic_compare_exchange_weak(num_taken, &taken, taken + count)) continue;
-            *from = start + taken, *to = *from + count;
+        atomic_ullong *taken = &team.members[owner].taken;
+        unsigned long long seen = atomic_load_explicit(taken, memory_order_relaxed);
+        for (;;) {
+            const int lead = (int)((unsigned)(seen >> 32) - m->phase);
+            if (lead > 0) return 0;
+            const int num_taken = lead < 0 ? 0 : (int)(unsigned)seen;
+            if (num_taken >= length) break;
+            const int count = min_int(max_int(least, (length - num_taken) / 2), length - num_taken);
+            if (!atomic_compare_exchange_weak(taken, &seen, phase + num_taken + count)) continue;
+            *from = start + num_taken, *to = *from + count;
+            m->num_done += count;
             return 1;
         }
     }
@@ -150,13 +209,21 @@ static void stay_on_cpu(int thread) {
 #endif
 }
 
+// What a thread of the team does of a job. Where it sleeps while the job ends without it, it comes back from there.
+static void join_in(int thread, unsigned job) {
+    Member *m = &team.members[thread];
+    if (!enter(job)) return;
+    m->job = job, m->phase = team.first_phase, m->total = m->num_done = 0;
+    if (setjmp(m->way_out)) return;
+    team.part(team.work, thread);
+    report(thread);
+    leave();
+}
+
 static void *work_on(void *argument) {
     const int thread = (int)(intptr_t)argument;
     unsigned job = 0;
     int64_t patience = LEAST_PATIENCE;
-#if defined(__linux__)
-    atomic_store(&team.ids[thread], (int)syscall(SYS_gettid));
-#endif
     stay_on_cpu(thread);
     for (;;) {
         // A small model's steps follow each other faster than a thread wakes up: where one came that soon, it looks on
@@ -168,9 +235,7 @@ static void *work_on(void *argument) {
         job = atomic_load(&team.job.value);
         const int is_mine = thread < (int)(job & 0xff);
         patience = is_mine && (came_soon || tries) ? MOST_PATIENCE : LEAST_PATIENCE;
-        if (!is_mine) continue;
-        team.part(team.work, thread);
-        meet();
+        if (is_mine) join_in(thread, job);
     }
     return NULL;
 }
@@ -178,10 +243,10 @@ static void *work_on(void *argument) {
 // A child of fork has none of its parent's threads.
 static void forget_threads(void) {
     team.num_started = 0;
-    atomic_store(&team.num_arrived, 0);
-    for (int i = 0; i < MAX_THREADS; i++) atomic_store(&team.shares[i].num_taken, 0), atomic_store(&team.ids[i], 0);
+    atomic_store(&team.num_done, 0);
+    atomic_store(&team.door, 0);
     team.used = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
-    team.job = team.meeting = (Signal)SIGNAL;
+    team.job = team.phase = team.emptied = (Signal)SIGNAL;
 }
 
 // Starts what is missing of `num_threads`, the caller being one. Returns how many there are.
@@ -202,17 +267,24 @@ static int gather(int num_threads) {
     return min_int(num_threads, team.num_started);
 }
 
-// Has `part` run once by each of so many threads, the caller being number 0, and returns when all have.
+// Has `part` run by each of so many threads that finds the time, the caller being number 0, and returns when all phases
+// have ended.
 static void run_together(Part part, void *work, int num_threads) {
     pthread_mutex_lock(&team.used);
     team.num_threads = gather(num_threads);
     team.part = part, team.work = work;
+    team.first_phase = team.members[0].phase = atomic_load(&team.phase.value);
+    team.members[0].total = team.members[0].num_done = 0;
+    // Phases are told apart by 32 bits: a share is not to be found as an earlier job left it, some billions ago.
+    for (int i = 0; i < team.num_threads; i++) atomic_store(&team.members[i].taken, (uint64_t)team.first_phase << 32);
     if (team.num_threads > 1) {
-        const unsigned count = (atomic_load(&team.job.value) >> 8) + 1;
-        change(&team.job, (count << 8) + team.num_threads);
+        const unsigned job = (((atomic_load(&team.job.value) >> 8) + 1) << 8) + team.num_threads;
+        open_door(job);
+        change(&team.job, job);
     }
     part(work, 0);
-    meet();
+    meet(0);
+    if (team.num_threads > 1) close_door();
     pthread_mutex_unlock(&team.used);
 }
 
@@ -226,6 +298,3 @@ __attribute__((visibility("default"))) void quire_keep_to_cpus(const int *cpus, 
     (void)cpus, (void)num_cpus;
 #endif
 }
-
-// What the system calls a thread of the team, but for the caller's, number 0; 0 where it has not started or has no name.
-__attribute__((visibility("default"))) int quire_thread_id(int thread) { return atomic_load(&team.ids[thread]); }

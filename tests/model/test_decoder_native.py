@@ -165,18 +165,6 @@ def test_large_and_small_steps_take_turns(tmp_path: Path) -> None:
             assert torch.equal(loop.step(small), expected[1])
 
 
-def test_threads_that_others_keep_from_running_are_left_out(tmp_path: Path) -> None:
-    loop = make_loop(write_checkpoint(tmp_path), torch.float32)
-    decoder: Any = loop._forward.__self__  # type: ignore[attr-defined]
-    seen: list[int] = []
-    decoder._step = lambda _decoder, _step, num_threads: seen.append(num_threads)
-    for wanted, left in [(MOST_THREADS, MOST_THREADS), (MOST_THREADS, 3), (2, 3), (MOST_THREADS, 1)]:
-        torch.set_num_threads(wanted)
-        decoder._contention.num_threads = lambda left=left: left
-        loop.forward([loop.admit(0, [1, 2, 3], 3)])
-    assert seen == [MOST_THREADS, 3, 2, 1]
-
-
 def test_logits_belong_to_the_decoder_until_the_next_step(tmp_path: Path) -> None:
     """They are not copied: who wants to keep them does that."""
     loop = make_loop(write_checkpoint(tmp_path), torch.float32)

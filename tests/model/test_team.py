@@ -167,36 +167,3 @@ time.sleep(0.5)
 print(time.process_time() - start)
 """
     assert float(run_alone(code).stdout) < 0.05
-
-
-@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system must tell how long threads wait")
-def test_a_thread_is_tied_to_its_cpu_only_while_all_compute() -> None:
-    """The system tells that two on one CPU wait for each other; for how much longer is made up here."""
-    code = """
-import model.contention as contention
-cpus = os.sched_getaffinity(0)
-cpu = {min(cpus)}
-kernels.keep_to_cpus([min(cpus)] * 2)
-norms = Norms(kernels)
-norms.check(2)
-helper = kernels.library.quire_thread_id(1)
-watch = contention.Contention(kernels, 2)
-assert watch.num_threads() == 2 and os.sched_getaffinity(helper) == cpu
-os.sched_setaffinity(0, cpu)
-before = contention.waited_seconds([helper])
-while contention.waited_seconds([helper]) == before:
-    norms.check(2)
-os.sched_setaffinity(0, cpus)
-
-now = [0.0]
-contention.time.monotonic = lambda: now[0]
-contention.waited_seconds = lambda ids: len(list(ids)) * now[0]
-watch = contention.Contention(kernels, 2)
-now[0] += contention.LOOK_SECONDS
-assert watch.num_threads() == 1 and os.sched_getaffinity(helper) == cpus
-contention.waited_seconds = lambda ids: 0.0
-now[0] += contention.SHORTEST_REST_SECONDS
-assert watch.num_threads() == 2 and os.sched_getaffinity(helper) == cpu
-norms.check(2)
-"""
-    run_alone(code)
