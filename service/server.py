@@ -257,7 +257,7 @@ async def serve(settings: Settings, socket_path: str, heartbeat_fd: int) -> None
 
 def take_turns() -> None:
     """Keeps this process from taking a core at the moment it wakes: kernels' threads wait for the one that loses it."""
-    if hasattr(os, "sched_setscheduler"):
+    if hasattr(os, "SCHED_BATCH"):
         with suppress(OSError):  # a sandbox may forbid it
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 

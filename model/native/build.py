@@ -111,7 +111,7 @@ def tell_left_out(left_out: list[tuple[Level, str]]) -> list[str]:
     lines = []
     for level, complaint in left_out:
         said = complaint.splitlines() or ["it does not say why"]
-        why = next((line for line in said if "error" in line), said[0])
+        why = next((line for line in said if "error" in line.lower()), said[0])
         cost = "warning: this machine's kernels will be slower: " if level in wanted else ""
         lines.append(f"{cost}this compiler cannot build level {level.name}: {why}")
     return lines

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from model.native import build
+from model.native.levels import SOURCE_DIR
 from tests.model.levels import LEVELS, kernels_of, needs_kernels
 from tests.model.team_work import Norms
 
@@ -167,3 +169,12 @@ time.sleep(0.5)
 print(time.process_time() - start)
 """
     assert float(run_alone(code).stdout) < 0.05
+
+
+def test_phases_end_when_their_parts_are_done_whoever_is_late(tmp_path: Path) -> None:
+    program = tmp_path / "team_phases"
+    source = Path(__file__).with_name("team_phases.c")
+    flags = ("-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-pthread")
+    compiler = build.find_compiler(build.COMPILERS)
+    subprocess.run([compiler, *flags, f"-I{SOURCE_DIR}", source, "-o", program], check=True)
+    subprocess.run([program], check=True, timeout=60)
