@@ -103,16 +103,18 @@ class NativeLinears:
 
     def pack_rows(self, rows_OI: Tensor) -> PackedWords:
         """Whole tiles of rows, in 12 bits where this `shortens`, they have whole groups and few escapes."""
-        num_words = -(-words_per_row(rows_OI) // self.row_words) * self.row_words
-        if not self.shortens or num_words % self.group_words:
-            return PackedWords(pack_words(rows_OI, self.tile, self.row_words, self.memory.zeros))
-        words_TWO = pack_words(rows_OI, self.tile, self.row_words, torch.zeros)
+        zeros = torch.zeros if self.shortens else self.memory.zeros
+        words_TWO = pack_words(rows_OI, self.tile, self.row_words, zeros)
+        if not self.shortens:
+            return PackedWords(words_TWO)
         short = self._pack_short(words_TWO)
         return short or PackedWords(self.memory.zeros(*words_TWO.shape, dtype=torch.int32).copy_(words_TWO))
 
     def _pack_short(self, words_TWO: Tensor) -> PackedWords | None:
-        """The same numbers in 12 bits each; None where that would not save much. W is a multiple of `group_words`."""
+        """The same numbers in 12 bits each; None where that would not save much, or rows are not of whole groups."""
         num_tiles, per_row, _ = words_TWO.shape
+        if per_row % self.group_words:
+            return None
         num_groups, num_threads = per_row // self.group_words, torch.get_num_threads()
         palettes = torch.empty(num_tiles, self.short_palette, dtype=torch.uint8)
         num_escapes = torch.empty(num_tiles, dtype=torch.int32)

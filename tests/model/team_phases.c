@@ -19,7 +19,7 @@ static void go_alone(void *work, int thread) {
     int from, to;
     if (thread > 0) {
         atomic_fetch_add(&num_helpers_inside, 1);
-        // Until the caller has ended the phases without it. (One that the work is over for would never come here.)
+        // Until the caller has ended the phases without it, which one that waits for all would never do.
         while (atomic_load(&num_phases_ended) < 3) sleep_for(100000);
     } else
         while (atomic_load(&num_helpers_inside) == 0) sleep_for(100000);
