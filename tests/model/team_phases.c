@@ -40,8 +40,11 @@ typedef struct {
     atomic_int num_done[NUM_PHASES], times[NUM_PHASES][MOST_PARTS];
 } Phases;
 
+static _Atomic(Phases *) at_work;  // while it is, its phases may be gone through
+
 static void go_through(void *work, int thread) {
     Phases *p = work;
+    CHECK(atomic_load(&at_work) == p);
     unsigned state = p->seed * 31 + thread + 1;
     for (int phase = 0; phase < NUM_PHASES; phase++) {
         int from, to;
@@ -56,6 +59,7 @@ static void go_through(void *work, int thread) {
             }
         if (phase % 5 != 4) meet(thread);
         else meet(thread), meet(thread);  // nothing was taken since: it asks for nothing
+        CHECK(atomic_load(&at_work) == p);
     }
 }
 
@@ -63,7 +67,9 @@ static void check_phases(int seed, int num_threads) {
     Phases *p = calloc(1, sizeof *p);  // given back at once: who is late must not read it
     p->seed = seed;
     for (int phase = 0; phase < NUM_PHASES; phase++) p->num_parts[phase] = (seed * 7 + phase * 13) % MOST_PARTS;
+    atomic_store(&at_work, p);
     run_together(go_through, p, num_threads);
+    atomic_store(&at_work, NULL);
     for (int phase = 0; phase < NUM_PHASES; phase++)
         for (int part = 0; part < MOST_PARTS; part++)
             CHECK(atomic_load(&p->times[phase][part]) == (part < p->num_parts[phase]));
