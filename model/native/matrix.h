@@ -34,8 +34,8 @@
 
 #define MAX_ROWS (LANES == 16 ? 8 : 6)  // two sums for each: 6 fill 16 registers; 12 fit in 32, but are slower (LOG.md)
 #define ROW_WORDS (HAS_AMX ? TMM_WORDS : 1)  // a weight's rows are filled up with zeros to multiples of so many words
-#define MAX_TILES 2
 #define AHEAD_BYTES (HAS_AMX ? 8192 : 4096)  // of the weight that a single block of rows goes along
+#define UNTOLD_ROWS (HAS_AMX ? 0 : 4)  // so few rows are soon done: then what the processor fetches by itself is faster
 
 // What a matrix holds; the values are known to model/linear_native.py.
 typedef enum { FLOATS, BF16S, CODES, SHORT_BF16S } Numbers;
@@ -130,7 +130,6 @@ typedef struct {
     int row, index, count;
     const uint32_t *x;  // [rows][row_words], from `row` on
     // Room for the tile, or NULL: where the first block widens shorts for those after it, or codes were widened for all.
-    // It holds one tile, so that blocks with room meet one tile at a time (num_tiles == 1).
     uint32_t *wide;
 } Block;
 
@@ -140,11 +139,11 @@ typedef struct {
     int bytes;
 } Fetch;
 
-// A single block of rows fetches what it needs soon. Several share the next tile among them, so that memory is as busy
+// A single block of rows fetches what it needs soon, or leaves it to the processor. Several share the next tile among them, so that memory is as busy
 // during the last block, which finds its tile near, as during the first.
-INLINE Fetch plan_fetch(const Matrix *m, int tile, Block block, int words_per_step) {
+INLINE Fetch plan_fetch(const Matrix *m, int tile, Block block, int num_rows, int words_per_step) {
     const int64_t bytes = tile_bytes(m);
     const int step_bytes = (is_short(m) ? GROUP_BYTES / GROUP_WORDS : TILE * 4) * words_per_step;
-    if (block.count == 1) return (Fetch){tile_at(m, tile) + AHEAD_BYTES, step_bytes};
+    if (block.count == 1) return (Fetch){tile_at(m, tile) + AHEAD_BYTES, num_rows > UNTOLD_ROWS ? step_bytes : 0};
     return (Fetch){tile_at(m, tile) + bytes + bytes * block.index / block.count, max_int(1, step_bytes / block.count)};
 }

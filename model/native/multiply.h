@@ -105,7 +105,7 @@ static void multiply_part_in(const Matrix *m, const Product *p, int thread, uint
     const int per_panel = rows_per_panel(m, p->num_rows);
     const int tiles = num_tiles(m), num_panels = ceil_div(p->num_rows, per_panel);
     int from, to, shaped_for = 0, widened = -1;
-    while (take(thread, num_panels * tiles, MAX_TILES, &from, &to))
+    while (take(thread, num_panels * tiles, 1, &from, &to))
         while (from < to) {
             const int panel = from / tiles, until = min_int(to, (panel + 1) * tiles);
             const int first = panel * per_panel, last = min_int(first + per_panel, p->num_rows);

@@ -65,7 +65,7 @@ typedef struct {
 } Prefetch;
 
 INLINE Prefetch plan_prefetch(const Matrix *m, int tile, Block block, int num_rows, int num_steps) {
-    const Fetch fetch = plan_fetch(m, tile, block, 1);
+    const Fetch fetch = plan_fetch(m, tile, block, num_rows, 1);
     const int num_lines = num_steps * TMM_WORDS * fetch.bytes / 64;
     const int64_t step_cycles = num_steps * (num_rows > TMM_ROWS ? 128 : 64);
     const int64_t row_cycles = num_rows * (m->is_gated ? 48 : 24);
