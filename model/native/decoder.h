@@ -103,8 +103,8 @@ static void lay_out(const Decoder *d, const Step *s) {
         meet(thread);                                                  \
     } while (0)
 
-// So few rows each thread prepares for itself: that takes less than to meet. Where the others go on meanwhile it may
-// read what they are writing; then it gets no part of what it prepared for.
+// So few rows each thread prepares for itself, in a room of its own: that takes less than to meet. Where the others go on
+// meanwhile it may read what they are writing; then it gets no part of what it prepared for, and nobody reads that room.
 #define FEW_ROWS 4
 
 #define PREPARE_ROWS(thread, count, body)                              \

@@ -1,9 +1,10 @@
 // Threads that compute one thing together: they take parts of it as they can, and go on to the next when all are done.
 //
 // One team for each library, asleep while there is no work. A work is a fixed sequence of phases, each of parts, which
-// every thread goes through. A phase ends when its parts are done, whoever did them: nobody waits for a thread that
-// has none of them in hand. One that lost its core meanwhile finds the phases gone by that the others ended, and
-// catches up; one that slept until the whole work was over leaves it from there.
+// every thread goes through. A phase ends when its parts are done, whoever did them: it waits for no thread that has none
+// of them in hand. One that lost its core meanwhile finds the phases gone by that the others ended, and catches up; one
+// that slept until the whole work was over leaves it from there. Only the end of the work waits for all who are awake
+// inside, once: they may still look at it.
 //
 // Whoever waits looks on for a moment, which is how long it takes when all threads have a core, and then sleeps: a thread
 // that went on spinning would keep the core from the one it waits for, once another process wants one. The moment is
@@ -48,7 +49,7 @@ typedef struct {
 
 static struct {
     pthread_mutex_t used;  // by one caller at a time
-    int num_started, num_threads;
+    int num_started, num_threads;  // the caller is one of them
     Part part;
     void *work;
     unsigned first_phase;
@@ -62,7 +63,7 @@ static struct {
     int num_cpus;
     int cpus[MAX_THREADS];
 #endif
-} team = {.used = PTHREAD_MUTEX_INITIALIZER, .job = SIGNAL, .phase = SIGNAL, .emptied = SIGNAL};
+} team = {.used = PTHREAD_MUTEX_INITIALIZER, .num_started = 1, .job = SIGNAL, .phase = SIGNAL, .emptied = SIGNAL};
 
 static int64_t nanoseconds(void) {
     struct timespec now;
@@ -88,15 +89,14 @@ static int changes_within(Signal *s, unsigned old, int64_t patience) {
     return 0;
 }
 
-// Returns the value once it is not `old`. A sleeper counts itself first and looks at the value afterwards, a changer
+// Returns once the value is not `old`. A sleeper counts itself first and looks at the value afterwards, a changer
 // changes the value first and looks for sleepers afterwards, so that one of them sees the other.
-static unsigned sleep_until_changed(Signal *s, unsigned old) {
+static void sleep_until_changed(Signal *s, unsigned old) {
     atomic_fetch_add(&s->num_sleeping, 1);
     pthread_mutex_lock(&s->mutex);
     while (atomic_load(&s->value) == old) pthread_cond_wait(&s->changed, &s->mutex);
     pthread_mutex_unlock(&s->mutex);
     atomic_fetch_sub(&s->num_sleeping, 1);
-    return atomic_load(&s->value);
 }
 
 static void change(Signal *s, unsigned value) {
@@ -111,9 +111,9 @@ static void change(Signal *s, unsigned value) {
 
 // Whether a thread may work on this job: while it is inside, the work stays.
 static int enter(unsigned job) {
-    uint64_t door = atomic_load(&team.door);
+    unsigned long long door = atomic_load(&team.door);
     do
-        if (door >> 31 != ((uint64_t)job << 1 | 1)) return 0;
+        if (door >> 31 != ((unsigned long long)job << 1 | 1)) return 0;
     while (!atomic_compare_exchange_weak(&team.door, &door, door + 1));
     return 1;
 }
@@ -149,7 +149,8 @@ static int report(int thread) {
     return 1;
 }
 
-// Waits until all parts of the phase are done; what is taken next is of the next one.
+// Waits until all parts of the phase are done; what is taken next is of the next one. Of a thread that sleeps until the
+// work is over it does not return: who calls it holds nothing that must be given back.
 static void meet(int thread) {
     static _Thread_local int64_t patience = MOST_PATIENCE;
     Member *m = &team.members[thread];
@@ -242,19 +243,17 @@ static void *work_on(void *argument) {
 
 // A child of fork has none of its parent's threads.
 static void forget_threads(void) {
-    team.num_started = 0;
+    team.num_started = 1;
     atomic_store(&team.num_done, 0);
     atomic_store(&team.door, 0);
     team.used = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     team.job = team.phase = team.emptied = (Signal)SIGNAL;
 }
 
+__attribute__((constructor)) static void survive_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
+
 // Starts what is missing of `num_threads`, the caller being one. Returns how many there are.
 static int gather(int num_threads) {
-    if (team.num_started == 0) {
-        pthread_atfork(NULL, NULL, forget_threads);
-        team.num_started = 1;
-    }
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
